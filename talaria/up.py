@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,10 +25,12 @@ from talaria.server import FrontServer, child, healthy, serving, stop_child, use
 from talaria.settings import POOL, Settings, client_environment
 from transfer import roots
 from transfer.audit import Event, record
+from transfer.errors import DispatchError
 from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
-CALM_S = 2.0  # before a worker that died is started again
+CALM_S = 2.0  # before what died is started again
+LOST = (DispatchError, OSError, sqlite3.Error)  # of the ledger, or of the disk that the state directory is on
 LISTENING = "from talaria.engine.listening import main\nmain()"
 WORKER = "from talaria.imports import staying\nwith staying(): from talaria.engine.worker import main\nmain()"
 
@@ -110,22 +113,36 @@ class _Crew:
             "PREFECT_CLIENT_MAX_RETRIES": "8",
         }
         self.members = [self._start() for _ in range(count)]
+        self._dead: list[subprocess.Popen[bytes]] = []  # those of them of which it was said that they ended
+        self._again = 0.0  # when they are started again, by `time.monotonic`
+        self._away = ""  # what has been said of why they are not yet
 
     def _start(self) -> subprocess.Popen[bytes]:
         return child([sys.executable, "-P", "-c", WORKER], self.env, self.log)
 
     def keep(self) -> None:
-        """Start the ones again that died, and put what they ran back into the queue."""
-        for index, member in enumerate(self.members):
-            if member.poll() is not None:
+        """Start the ones again some time after they died, and put what they ran back into the queue."""
+        for member in self.members:
+            if member.poll() is not None and member not in self._dead:
                 say(f"a worker ended with exit code {member.returncode}: starting another (log: {self.log})")
-                time.sleep(CALM_S)
-                if not self._recovered():
-                    return
+                self._dead.append(member)
+                self._again = self._again or time.monotonic() + CALM_S
+        if not self._dead or time.monotonic() < self._again:
+            return
+        away = self._recovered()
+        if away and away != self._away:
+            say(f"{away}: the worker is started again when it does")
+        self._away, self._again = away, time.monotonic() + CALM_S if away else 0.0
+        for index, member in enumerate(self.members) if not away else ():
+            if member in self._dead:
                 self.members[index] = self._start()
+                self._dead.remove(member)
 
-    def _recovered(self) -> bool:
-        """Put what a worker left into the queue; False if the server is away: it may have died together with it."""
+    def _recovered(self) -> str:
+        """Put what workers left into the queue; return what does not answer, "" if that was done.
+
+        They may have died together with the server or the ledger, or since these are away.
+        """
         from prefect.exceptions import PrefectException
 
         try:
@@ -133,11 +150,12 @@ class _Crew:
                 _while(lambda: self.server.process.poll() is None, _recover(self.home, alone=self.alone))
             )
         except (httpx.HTTPError, PrefectException, ServerError) as exc:
-            say(f"the server does not answer ({type(exc).__name__}): the worker is started again when it does")
-            return False
+            return f"the server does not answer ({type(exc).__name__})"
+        except LOST as exc:
+            return f"the ledger does not answer ({type(exc).__name__}: {exc})"
         for run_id in taken:
             say(f"taken up after a crash: {run_id}")
-        return True
+        return ""
 
     def drain(self, asked: _Asked) -> None:
         """Let the workers finish what they run; stop waiting when asked a second time."""
@@ -208,13 +226,30 @@ async def _while(alive: Callable[[], bool], call: Coroutine[Any, Any, list[str]]
 def _watch(server: FrontServer, crew: _Crew, ear: _Ear, asked: _Asked) -> None:
     """Keep server, workers and what listens alive until somebody asks to stop."""
     while not asked.event.wait(LOOK_S):
-        if server.process.poll() is not None:
-            say(f"the server ended with exit code {server.process.returncode}: starting it again (log: {server.log})")
-            server.restart()
-            server.wait(asked.check)
-        crew.keep()
-        ear.keep()
+        try:
+            if server.process.poll() is not None:
+                _serve_again(server, asked)
+            crew.keep()
+            ear.keep()
+        except OSError as exc:  # no process can be started, for a while: what lives goes on
+            say(f"what ended can't be started again yet: {exc}")
+            asked.event.wait(CALM_S)
     say("stopping: running dispatches are finished first; ask again to stop at once")
+
+
+def _serve_again(server: FrontServer, asked: _Asked) -> None:
+    """Start the server again that died; if it dies again, or isn't ready in time, leave that to the next look."""
+    say(f"the server ended with exit code {server.process.returncode}: starting it again (log: {server.log})")
+    server.restart()
+    try:
+        server.wait(asked.check)
+    except ServerError as exc:
+        if asked.times:
+            return
+        say(str(exc))
+        if not server.entrance.upstream:  # else it waits for that one
+            stop_child(server.process)
+        asked.event.wait(CALM_S)
 
 
 def _prepare(home: Home, *, alone: bool) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
 
+import psutil
 import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
@@ -197,3 +198,31 @@ def test_a_run_at_which_its_worker_dies_once_more_ends_for_who_follows_it(up: Ta
     # Its files are sent where somebody retries it: what came is not sent again.
     up.apply(deadly=folder(tmp_path / "deadly"))
     assert up.told("jobs", "retry", run)["targets"]["deadly"]["state"] == "delivered"
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_that_dies_while_the_ledger_is_away_comes_back_with_it(up: Talaria, tmp_path: Path) -> None:
+    """Seen: `up` ended, and took the server, the pages and every other worker along."""
+    studies.ct(tmp_path / "study", 2)
+    up.apply(comes_back=folder(tmp_path / "comes-back"))
+    assert up.process
+    ledger, seen = up.home / "ledger.sqlite", up.log.stat().st_size
+
+    def said(words: str) -> int:
+        return up.log.read_text()[seen:].count(words)
+
+    worker = up.child("talaria.engine.worker")
+    ledger.rename(away := up.folder / "ledger-that-is-away")
+    try:
+        ledger.mkdir()
+        worker.kill()
+        up.until(lambda: said("the ledger does not answer"), alive=True)
+        begun = psutil.Process(up.process.pid).cpu_times().user
+        up.until(lambda: psutil.Process(up.process.pid).cpu_times().user > begun, alive=True)  # it has tried again
+        assert up.process.poll() is None and up.api("GET", "/health")
+    finally:
+        ledger.rmdir()
+        away.rename(ledger)
+    up.until(lambda: [one for one in up.children() if "talaria.engine.worker" in " ".join(one.cmdline())], alive=True)
+    assert up.told("send", str(tmp_path / "study"), "--to", "comes-back")["targets"]["comes-back"]["delivered"] == 2
+    assert said("a worker ended") == said("the ledger does not answer") == 1
