@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 
+from starlette.requests import Request
+
 LOOK_S = 2.0  # between two looks whether somebody is still let in: a token that is revoked is not heard of otherwise
 MOST_OF_ONE = 32  # streams of one user or token: each has a subscription at Prefect's server
 MOST = 256  # of all
@@ -54,6 +56,12 @@ class OpenStreams:
 
 
 STREAMS = OpenStreams()
+
+
+async def gone(request: Request) -> None:
+    """Return when the client of a request, whose body has been read, is no longer there."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def run_while(application: Awaitable[None], still: Callable[[], bool]) -> bool:

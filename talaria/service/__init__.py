@@ -5,6 +5,7 @@ Nothing else may use them: the engine and the flows don't know the user who asks
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class Office:
         address: where the request came from, "" if not over a network.
         alone: whether no worker runs, so that the process that creates a run also runs it.
         embedded: whether the Prefect server is ours, so that paths are those of this machine.
+        gone: returns when nobody waits for the answer any more; None where that is not known.
     """
 
     client: PrefectClient
@@ -38,3 +40,4 @@ class Office:
     address: str = ""
     alone: bool = False
     embedded: bool = True
+    gone: Callable[[], Awaitable[None]] | None = None

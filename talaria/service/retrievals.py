@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from imaging.match import of_study
 from imaging.query import Match, Query, listed
 from talaria.service import Office
 from talaria.service.jobs import line, queued, result
+from talaria.service.searching import SEARCHES
 from tasks import DRIVERS
 from tasks.dispatch import audited
 from tasks.dispatch.asked import retrieval_name
@@ -25,8 +23,6 @@ from tasks.retrieve.moving import check_into
 from tasks.retrieve.search import matches
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions, pasted
-
-_SEARCHES = ThreadPoolExecutor(8, thread_name_prefix="search")  # at once, of all users
 
 # Without one of these, a retrieval would fetch all that there is.
 SELECTIVE = ("accessions", "study_uids", "series_uid", "study_date", "study_descriptions")
@@ -78,9 +74,7 @@ async def _asked(office: Office, target: Target, query: Query) -> list[Match]:
             audited.queried(target, asked, None if found is None else len(found), "", office.user)
         return found
 
-    # Not among the threads that everything else shares: a peer that accepts and is silent would keep them.
-    asked = functools.partial(contextvars.copy_context().run, ask)
-    return await asyncio.get_running_loop().run_in_executor(_SEARCHES, asked)
+    return await SEARCHES.run(office.user, ask, office.gone)
 
 
 async def create_query(office: Office, source: str, key: str = "", **keys: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from protocols.files import filesystem as fs
 from protocols.files.incoming import Style
 from protocols.files.tree import Tree
 from tasks.filesystem import file_errors
+from transfer import stopping
 from transfer.beneath import FOLDER
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, NotFound, Unread
 from transfer.health import Health
@@ -141,7 +142,7 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
     """
     asked = {one.strip().casefold() for one in (*query.AccessionNumber, *listed(query.StudyInstanceUID))} - {""}
     found: set[str] = set()
-    with file_errors(target), opened(target) as folder:
+    with file_errors(target), opened(target, stopping.check) as folder:
         for match in folder.find(query):
             found |= {text(match.attributes.get("AccessionNumber")).casefold(), match.StudyInstanceUID}
             yield match

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -25,9 +26,10 @@ from talaria.front.keys import KeyRing
 from talaria.front.lasting import MOST_OF_ONE
 from talaria.front.sessions import COOKIE
 from talaria.testing import studies
-from talaria.testing.process import free_port, until
+from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import files, folder, later, placed, source, study
 from tests.servers.qr import archive
+from tests.servers.steps import Silence
 from tests.servers.up import Talaria
 from transfer.home import Home
 
@@ -377,6 +379,19 @@ def test_targets_come_and_go_and_secrets_stay(up: Talaria, api: httpx.Client, tm
         assert api.delete(f"/targets/{name}").json()["action"] == "removed"
     gone = api.get("/targets/api-other")
     assert gone.status_code == 404 and "no target named api-other" in gone.json()["error"]
+
+
+def test_a_search_ends_when_its_client_goes(up: Talaria, api: httpx.Client) -> None:
+    with archive(study("Q1"), on_data=lambda _, count: Silence() if count else None) as peer:
+        up.apply(mute=source(peer, idle_timeout_s=600))
+        whose = {"source": "mute", "patient_name": "Nobody"}
+        for path, asked in (("/matches", whose), ("/retrievals", whose | {"into": "/tmp/nowhere"})):
+            before = sum(one.bytes > 0 for one in peer.associations)
+            with client(up) as leaving, ThreadPoolExecutor(1) as thread:
+                answer = thread.submit(leaving.post, path, json=asked, timeout=httpx.Timeout(60, read=0.01))
+                until(lambda before=before: sum(one.bytes > 0 for one in peer.associations) > before)  # type: ignore[misc]
+                assert isinstance(answer.exception(60), httpx.ReadTimeout)
+            assert peer.wait_closed(as_loaded(30))
 
 
 def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:

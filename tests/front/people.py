@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from html import unescape
 from typing import Any
 
@@ -76,3 +77,25 @@ def fields(page: str) -> dict[str, Any]:
 
 def words(page: str) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+async def happens(seen: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Wait until something is so, while what else runs in this loop goes on."""
+    while True:
+        looked = seen()
+        if looked if isinstance(looked, bool) else await looked:
+            return
+        await asyncio.sleep(0.01)
+
+
+async def found(client: httpx.AsyncClient, leads: str) -> str:
+    """Return the page of a search, once that has ended."""
+    page = ""
+
+    async def over() -> bool:
+        nonlocal page
+        page = (await client.get(leads)).text
+        return "Asking" not in words(page)
+
+    await happens(over)
+    return page

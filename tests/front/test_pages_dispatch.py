@@ -1,11 +1,10 @@
-"""The pages of dispatches at a server without a Prefect: many at once, many items, a long log, who must not wait."""
+"""The pages of dispatches at a server without a Prefect: many at once, many items, a long log."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,10 @@ import httpx
 import pytest
 from prefect.client.schemas.sorting import LogSort
 
-from blocks.dicom import DicomTarget
 from talaria.engine import runs
 from talaria.front.access import Role
 from talaria.front.pages import dispatch, dispatches
-from talaria.service import Office, jobs, retrievals, timeline
+from talaria.service import Office, jobs, timeline
 from tests.front.house import House, run
 from tests.front.people import fields, words
 from transfer.errors import Misconfigured
@@ -192,35 +190,3 @@ def test_of_a_long_log_the_newest_lines_are_shown(tmp_path: Path) -> None:
     del log[7:]
     events, cut = asyncio.run(timeline.timeline(office, str(uuid4())))
     assert len(events) == 8 and not cut
-
-
-def test_searches_at_a_silent_peer_keep_nobody_else_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, asked = threading.Event(), threading.Semaphore(0)
-
-    async def load(*_: Any) -> list[Any]:
-        return [DicomTarget(host="pacs", port=104, aet_target="PACS", direction="query").named("pacs")]
-
-    def find(*_: Any) -> list[Any]:
-        asked.release()
-        assert answers.wait(60)
-        return []
-
-    monkeypatch.setattr(retrievals, "load", load)
-    monkeypatch.setattr(retrievals, "check_source", lambda _: None)
-    monkeypatch.setattr(retrievals, "DRIVERS", SimpleNamespace(of=lambda _: SimpleNamespace(find=find)))
-    monkeypatch.setattr(retrievals.audited, "queried", lambda *_: None)
-
-    async def case() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(2))
-        office = Office(None, Home(tmp_path))  # type: ignore[arg-type]
-        searches = [asyncio.create_task(retrievals.find_matches(office, "pacs", study_uid="1.2")) for _ in range(3)]
-        try:
-            with ThreadPoolExecutor(1) as other:
-                assert await loop.run_in_executor(other, lambda: all(asked.acquire(timeout=60) for _ in range(2)))
-            assert await asyncio.wait_for(asyncio.to_thread(lambda: True), 30)
-        finally:
-            answers.set()
-        assert await asyncio.gather(*searches) == [{"matches": []}] * 3
-
-    asyncio.run(case())

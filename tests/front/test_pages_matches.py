@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from talaria.front.pages import querying
 from talaria.front.pages.searches import Search
 from talaria.service import retrievals
 from tests.front.house import House, run
-from tests.front.people import fields, words
+from tests.front.people import fields, found, words
 
 
 def match(number: int, accession: str = "") -> dict[str, Any]:
@@ -50,8 +49,7 @@ def test_what_is_picked_on_each_of_many_pages_is_fetched(tmp_path: Path, monkeyp
     async def case(client: httpx.AsyncClient) -> None:
         form = {"source": "src", "accessions": "A1 A7", "do": "search"}
         leads = (await client.post("/talaria/query", data=form)).headers["location"]
-        await asyncio.sleep(0)
-        page = (await client.get(leads)).text
+        page = await found(client, leads)
         assert "Found: 8. 1 to 3 are shown" in words(page) and ticks(page) == [1]
         assert "Picked on other pages: 1" in words(page)  # A7, which was asked for by its number
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request
@@ -18,7 +19,7 @@ from talaria.front.access import ACTING, SCOPE_KEY, Identity, Role, role_of
 from talaria.front.api.answers import ProblemAnswer
 from talaria.front.api.errors import Forbidden, answer_to
 from talaria.front.changes import ChangeCount
-from talaria.front.lasting import LOOK_S, STILL, STREAMS
+from talaria.front.lasting import LOOK_S, STILL, STREAMS, gone
 from talaria.front.subscription import Ended
 from talaria.service import Office
 from transfer.home import Home
@@ -82,7 +83,7 @@ def _asked(request: Request) -> Callable[[], Awaitable[Office]]:
     who = asker(request)
 
     async def service() -> Office:
-        return await reach.office(request, who)
+        return replace(await reach.office(request, who), gone=functools.partial(gone, request))
 
     return service
 

@@ -17,6 +17,7 @@ from talaria.errors import one_line
 from talaria.front.lasting import TooMany
 from talaria.front.subscription import Ended
 from talaria.service import Conflict
+from talaria.service.searching import TooManySearches
 from transfer.errors import Denied, DispatchError, LedgerAway, Misconfigured, NotFound
 from transfer.validation import what_is_wrong
 
@@ -44,7 +45,7 @@ def answer_to(exc: BaseException) -> tuple[int, str]:
         return CONFLICT, str(exc)
     if isinstance(exc, Misconfigured | Denied) or type(exc) is ValueError:  # others' may quote the value
         return WRONG, str(exc)
-    if isinstance(exc, Ended | LedgerAway):
+    if isinstance(exc, Ended | LedgerAway | TooManySearches):
         return AWAY, str(exc)
     if isinstance(exc, DispatchError):
         return TARGET, str(exc)

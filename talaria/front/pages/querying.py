@@ -5,9 +5,11 @@ Patients' identifiers stand here only. What is asked comes in by POST, so that i
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -16,10 +18,12 @@ from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import answer_to
+from talaria.front.lasting import gone
 from talaria.front.pages.searches import Search, Searches
 from talaria.front.pages.sending import browse
 from talaria.front.pages.site import Site, fields, saved_as, shown, who, with_file
 from talaria.front.pages.texts import text
+from talaria.service import Office
 from transfer import roots
 from transfer.accessions import accessions, from_bytes, pasted
 from transfer.errors import NotFound
@@ -83,7 +87,7 @@ class QueryPages:
         try:
             numbers = _numbers(asked, uploaded)
             if sent.get("do") == "fetch":
-                return await self._fetch(office, asked, _keys(asked) | {"numbers": numbers})
+                return await self._fetch(request, office, asked, _keys(asked) | {"numbers": numbers})
             keys = _keys(asked) | {"accession": asked["accessions"], "level": asked["level"]}
             search = self._start(request, office, asked, numbers, keys)
         except Exception as exc:
@@ -138,7 +142,7 @@ class QueryPages:
                     request, office, asked, tuple(found) if search.numbers else (), keys | {"level": "series"}
                 )
                 return RedirectResponse(f"{PATH}/{again.id}", 303)
-            return await self._fetch(office, asked, keys)
+            return await self._fetch(request, office, asked, keys)
         except Exception as exc:
             status, words = answer_to(exc)
             return await self._matches(request, search, asked, first=first, problem=words, status=status)
@@ -162,7 +166,9 @@ class QueryPages:
             raise NotFound(text("query.gone"))
         return found
 
-    async def _fetch(self, office: Any, asked: Mapping[str, str], keys: dict[str, Any]) -> Response:
+    async def _fetch(
+        self, request: Request, office: Office, asked: Mapping[str, str], keys: dict[str, Any]
+    ) -> Response:
         from talaria.service import retrievals
 
         to = [one for one in asked["to"].split("\n") if one]
@@ -172,7 +178,7 @@ class QueryPages:
         if hourly and not hourly.isdecimal():
             raise ValueError(text("query.per_hour_wrong"))
         done = await retrievals.create_retrieval(
-            office,
+            replace(office, gone=functools.partial(gone, request)),
             asked["source"],
             targets=to,
             into=asked["into"],

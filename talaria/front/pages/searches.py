@@ -18,6 +18,8 @@ from transfer.errors import Misconfigured
 KEPT_S = 900  # after a search has ended; then it is forgotten, whether somebody looks or not
 MOST = 50  # of all users
 AT_ONCE = 4  # of one user: each may keep a peer busy
+UNSEEN_S = 300  # a search that nobody has looked at for so long ends; its page looks by itself, if once a minute only
+LOOK_S = 1.0  # between two looks whether somebody has
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Search:
         matches: as the peer gave them, with `instances`.
         picked: which of them are to be fetched; at first those that are surely meant.
         problem: why it found nothing out.
+        seen: when somebody looked at it last, by the loop's clock.
     """
 
     id: str
@@ -40,6 +43,7 @@ class Search:
     picked: set[int] = field(default_factory=set, repr=False)
     over: bool = False
     problem: str = ""
+    seen: float = 0.0
     task: asyncio.Task[None] | None = None
 
     @property
@@ -103,15 +107,26 @@ class Searches:
     def find(self, key: str, by: str) -> Search | None:
         """Return a search of this user; None if there is none (any more)."""
         found = self._found.get(key)
-        return found if found and found.by == by else None
+        if found is None or found.by != by:
+            return None
+        found.seen = asyncio.get_running_loop().time()
+        return found
 
     async def _follow(self, search: Search, answer: Awaitable[dict[str, Any]]) -> None:
+        asking = asyncio.ensure_future(answer)
+        loop = asyncio.get_running_loop()
+        search.seen = loop.time()
         try:
-            search.matches = (await answer)["matches"]
+            while not (await asyncio.wait([asking], timeout=LOOK_S))[0]:
+                if loop.time() - search.seen > UNSEEN_S:
+                    search.problem = text("query.unseen")
+                    return
+            search.matches = asking.result()["matches"]
             search.picked = search.sure()
         except Exception as exc:
             search.problem = answer_to(exc)[1]
         finally:
+            asking.cancel()
             search.over = True
             asyncio.get_running_loop().call_later(KEPT_S, self._found.pop, search.id, None)
 

@@ -96,6 +96,7 @@ WORK = {
     "query.nothing_asked": "Say what to look for: accession numbers, a patient, a date, a description or UIDs.",
     "query.no_place": "Say where to bring it: choose targets, or give a folder, not both.",
     "query.many": "several of your searches have not ended: wait for them",
+    "query.unseen": "nobody has looked at this search for five minutes, so it has ended: search again",
     "query.gone": "This search is not known any more: results are forgotten after 15 minutes. Search again.",
     "query.recent": "Fetched lately",
     "matches": "What {source} has",
