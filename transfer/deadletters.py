@@ -2,28 +2,39 @@
 
     TALARIA_HOME/failed/<flow run id>/
     ├── source.json   the folder that the files' paths were relative to
-    ├── lent          is there if another dispatch was to read these files
     └── files/        what was staged: links to the files, which cost no room while the source exists
 
-Only what was staged as a whole is kept. It goes with the retention, or when the dispatch is delivered after all; where
-another dispatch was to send it elsewhere, with the retention alone, and not while that one has not ended.
+Only what was staged as a whole is kept. It goes with the retention, or when the dispatch is delivered after all.
+
+What lies in the state directory, here or in what was uploaded, received or retrieved, goes when whoever it was for has
+it. A dispatch that is to send it elsewhere, and may wait for long, gets links of its own, in a folder of the same kind
+that bears no run's id and has no `source.json`; that goes with the retention, but not while a dispatch that reads it
+has not ended, or when that one is delivered.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import time
+import uuid
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
+from transfer import roots
+from transfer.errors import Busy, NotFound
 from transfer.home import Home
 from transfer.live import replace
+from transfer.oserrors import words_of
 from transfer.plan import Plan
 from transfer.staging import discard
 
-FAILED, FILES, LENT = "failed", "files", "lent"
+FAILED, FILES, SOURCE = "failed", "files", "source.json"
+_READ = re.compile(rf"/{FAILED}/([^/]+)/{FILES}(/|$)")
 
 
 def keep(home: Home, run_id: str, plan: Plan, source: Path) -> bool:
@@ -38,13 +49,10 @@ def keep(home: Home, run_id: str, plan: Plan, source: Path) -> bool:
         return True  # it was read from here, and stays
     if not plan.items or any(item.in_place or item.problem for item in plan.items):
         return False
-    lent = (folder / LENT).exists()
     discard(folder)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
-    if lent:
-        (folder / LENT).touch(0o600)
-    replace(folder / "source.json", {"source": os.fsencode(source).hex()})
+    replace(folder / SOURCE, {"source": os.fsencode(source).hex()})
     os.rename(plan.root, folder / FILES)
     return True
 
@@ -54,7 +62,7 @@ def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
     folder = _folder(home, run_id)
     files = folder / FILES
     try:
-        source = os.fsdecode(bytes.fromhex(json.loads((folder / "source.json").read_bytes())["source"]))
+        source = os.fsdecode(bytes.fromhex(json.loads((folder / SOURCE).read_bytes())["source"]))
     except (OSError, ValueError, KeyError, TypeError):
         return list(paths)
     for above, _, names in os.walk(files):
@@ -66,27 +74,99 @@ def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
 
 
 def lend(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
-    """Return what another dispatch is to read, as `instead`; it may wait for long, and find it then all the same."""
+    """Return what another dispatch is to read, as `instead`; it may wait for long, and find it then all the same.
+
+    Raises:
+        NotFound, Busy: as `Lent.path`.
+    """
     found = instead(home, run_id, paths)
-    if found != list(paths):
-        (_folder(home, run_id) / LENT).touch(0o600)
-    return found
+    with Lent(home) as lent:
+        return [lent.path(path, alone=len(found) == 1) for path in found]
+
+
+class Lent:
+    """Links to what lies in the state directory, for a dispatch that is about to be created. A context manager.
+
+    Nothing is left of them if the block ends with an error.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.folder = _folder(home, str(uuid.uuid4()))
+        self.files = self.folder / FILES
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            discard(self.folder)
+
+    def make(self) -> Path:
+        """Make the folder of the links; return it."""
+        self.folder.parent.mkdir(mode=0o700, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.files.mkdir(mode=0o700, exist_ok=True)
+        return self.files
+
+    def path(self, path: str, *, alone: bool = False) -> str:
+        """Return a path to read instead of another one: that itself unless it lies in the state directory.
+
+        Args:
+            alone: whether it is the only one that is lent.
+
+        Raises:
+            NotFound: it is gone. Busy: there is no room for links.
+        """
+        if not roots.is_spooled(path):
+            return path
+        into = self.make()
+        if not alone:
+            self._count += 1
+            into /= str(self._count)
+        try:
+            if os.path.isdir(path):
+                into = into if alone else into / os.path.basename(path.rstrip("/"))
+                shutil.copytree(path, into, symlinks=True, copy_function=_linked, dirs_exist_ok=True)
+            else:
+                into.mkdir(mode=0o700, exist_ok=True)
+                into /= os.path.basename(path)
+                _linked(path, str(into))
+        except FileNotFoundError as exc:
+            raise NotFound(f"{path}: no such file or folder") from exc
+        except shutil.Error as exc:
+            raise Busy(f"{path}: is being changed just now") from exc
+        except OSError as exc:
+            raise Busy(f"{path}: can't be kept for a dispatch: {words_of(exc)}") from exc
+        return str(into)
+
+
+def _linked(source: str, to: str) -> str:
+    """Link a file, or copy it where it can't be."""
+    try:
+        os.link(source, to, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, to, follow_symlinks=False)
+    return to
 
 
 def read_by(paths: Iterable[str]) -> set[str]:
-    """Return the ids of the runs whose kept files a dispatch of these paths reads."""
-    found = set()
-    for path in map(Path, paths):
-        if path.name == FILES and path.parent.parent.name == FAILED:
-            found.add(path.parent.name)
-    return found
+    """Return the names of what is kept that a dispatch of these paths reads: of runs, or of what it was lent."""
+    return {found[1] for path in paths if (found := _READ.search(path))}
 
 
-def forget(home: Home, run_id: str) -> None:
-    """Remove what was kept of a run, unless another one may still read it."""
-    folder = _folder(home, run_id)
-    if not (folder / LENT).exists():
-        discard(folder)
+def forget(home: Home, run_id: str, paths: Iterable[str] = ()) -> None:
+    """Remove what was kept of a run, and what it was lent.
+
+    Args:
+        paths: those that it was asked for.
+    """
+    discard(_folder(home, run_id))
+    for name in read_by(paths):
+        if not (_folder(home, name) / SOURCE).exists():
+            discard(_folder(home, name))
 
 
 def clear(home: Home, before: float, keep: Collection[str] = ()) -> int:

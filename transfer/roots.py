@@ -106,6 +106,12 @@ def is_private(real: str) -> bool:
     return is_in(real, home) and not SPOOLS.match(_below(real, home))
 
 
+def is_spooled(path: str) -> bool:
+    """Return True if a path lies in what is about to be sent from the state directory, and goes when that is done."""
+    real, home = os.path.realpath(path), state_folder()
+    return is_in(real, home) and bool(SPOOLS.match(_below(real, home)))
+
+
 def state_folder() -> str:
     """Return the real path of the state directory, whether it is there or not."""
     return os.path.realpath(os.path.expanduser(os.environ.get("TALARIA_HOME") or "~/.talaria"))

@@ -66,6 +66,11 @@ def place(home: Home, source: str, batch: str) -> Path:
     return home.root / "sources" / source / "batches" / f"{batch}.jsonl"
 
 
+def source_of(path: Path) -> str:
+    """Return the name of the source whose list this is."""
+    return path.parent.parent.name
+
+
 def changed(home: Home) -> Path:
     """Return the file that is touched when a source is changed on this machine, so that nobody need ask often."""
     return home.root / "sources" / ".changed"  # no source has such a name

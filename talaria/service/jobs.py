@@ -18,17 +18,21 @@ from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
 from tasks.crashed import is_over
 from tasks.dispatch import kept, progress, rest, running
+from tasks.dispatch.asked import check_asked
 from tasks.dispatch.audited import requester
 from tasks.names import split
 from tasks.retrieve.ending import mark_ended
 from tasks.retrieve.job import Job, folder_of
 from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
+from tasks.sources.elsewhere import lent_units
+from tasks.targets import check_destination, load
 from transfer import deadletters
 from transfer.accessions import accessions
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.receipt import Receipt, State
+from transfer.studies import Each
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
 JOBS = ("dispatch", "retrieval")
@@ -135,12 +139,23 @@ def _begin_anew(office: Office, run_id: str) -> None:
 
 
 async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
-    """Send the files of a dispatch to other targets, in a dispatch of its own."""
+    """Send the files of a dispatch to other targets, in a dispatch of its own.
+
+    Raises:
+        NotFound: all of what a source has dispatched has left it.
+    """
     from talaria.service.dispatches import create_dispatch  # it uses this module
 
     flow_run = await found(office, job, ("dispatch",))
     asked = {key: value for key, value in flow_run.parameters.items() if key not in ("targets", "force")}
-    asked["paths"] = await asyncio.to_thread(deadletters.lend, office.home, str(flow_run.id), asked["paths"])
+    check_asked(asked["paths"], to)
+    for target in await load(office.client, to, secrets=False):
+        check_destination(target)  # before anything is kept for it
+    if asked.get("each") == Each.UNIT:
+        units = [str(row["study"]) for row in (await result(office, flow_run)).get("studies", ())]
+        asked["paths"] = await lent_units(office.client, office.home, asked["paths"], units)
+    else:
+        asked["paths"] = await asyncio.to_thread(deadletters.lend, office.home, str(flow_run.id), asked["paths"])
     return await create_dispatch(office, targets=to, **asked)
 
 

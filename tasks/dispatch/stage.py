@@ -71,7 +71,7 @@ def keep_files(
     context = FlowRunContext.get()
     asked = (context and context.parameters) or {}
     if state is State.DELIVERED:
-        deadletters.forget(home, run_id)
+        deadletters.forget(home, run_id, asked.get("paths", []))
     if state in (State.DELIVERED, State.CANCELLED) or asked.get("each") or running.whole() or not unsent:
         return
     with suppress(DispatchError, OSError):  # the source is gone, or there is no room

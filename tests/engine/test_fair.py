@@ -313,5 +313,9 @@ def test_what_was_given_up_is_listed_retried_for_one_target_and_sent_elsewhere(u
     assert refused.returncode == 2 and "not one of the targets" in refused.stderr
     assert sent["flow_run_id"] not in {one["id"] for one in up.told("jobs", "list", "--failed")["jobs"]}
     assert (up.home / "failed" / run).exists()
+    up.apply(night=folder(tmp_path / "night", window=later(2)))
+    waits = up.told("jobs", "send", run, "--to", "night", "--no-wait")["id"]
     assert up.told("jobs", "retry", run)["state"] == "delivered" and len(files(tmp_path / "first")) == 2
-    assert (up.home / "failed" / run).exists()  # another dispatch was made to read it: the retention takes it
+    assert not (up.home / "failed" / run).exists()
+    (path,) = up.run(waits)["parameters"]["paths"]  # what waits for the night has links of its own to the last copy
+    assert len(files(Path(path))) == 2 and up.told("jobs", "cancel", waits)["action"] == "cancelled"

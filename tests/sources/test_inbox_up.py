@@ -16,6 +16,8 @@ from tests.engine.material import source, study
 from tests.servers.qr import archive
 from tests.servers.up import Talaria
 
+UIDS = [material.uid(56) for _ in range(3)]
+
 
 class Inboxes:
     """Sources and folder targets below one folder of the test's."""
@@ -96,6 +98,32 @@ def test_studies_of_an_inbox_are_delivered_and_deleted(inboxes: Inboxes) -> None
     assert listed["units"]["done"] == 3 and listed["enabled"]
     shutil.rmtree(box / "settling")
     assert os.listdir(box) == []
+
+
+def test_what_a_source_has_delivered_is_sent_elsewhere(inboxes: Inboxes) -> None:
+    """Its list went when the units were settled, and nothing else said what had been sent."""
+    box, shelf, other, third = inboxes.make("box", "shelf", "other", "third")
+    layout = {"type": "folder", "layout": "{StudyInstanceUID}"}
+    inboxes.up.apply(**{one.name: {**layout, "folder": str(one)} for one in (shelf, other, third)})
+    made = {uid: material.ct(box, 2, study=uid, first=2 * number) for number, uid in enumerate(UIDS)}
+    inboxes.apply(elsewhere={"type": "inbox", "folder": str(box), "targets": ["shelf"], "unit": "study", "settle_s": 0})
+    inboxes.until("elsewhere", done=3)
+    (run,) = inboxes.runs_of("elsewhere")
+    inboxes.up.here("source", "sweep", "elsewhere")
+    inboxes.up.until(lambda: not Path(run["parameters"]["paths"][0]).exists())
+    sent = inboxes.up.told("jobs", "send", run["id"], "--to", "other")
+    assert sent["state"] == "delivered" and len(sent["studies"]) == 3 and files(other) == files(shelf)
+    # A unit that has gone meanwhile is failed, and said to be; the others go.
+    for path in made[UIDS[0]]:
+        path.unlink()
+    partly = inboxes.up.told("jobs", "send", run["id"], "--to", "third", code=1)
+    (gone,) = (one for one in partly["studies"] if one["study"] == UIDS[0])
+    assert gone["state"] == "failed" and "no such file" in gone["targets"]["third"]["error"]
+    assert partly["state"] == "partial" and len(files(third)) == 4
+    shutil.rmtree(box)
+    box.mkdir()
+    refused = inboxes.up.here("jobs", "send", run["id"], "--to", "third")
+    assert refused.returncode == 2 and "nothing of it is in the source elsewhere any more" in refused.stderr
 
 
 @pytest.mark.slow

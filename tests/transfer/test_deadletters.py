@@ -12,7 +12,7 @@ import pytest
 
 from talaria.testing import studies
 from transfer import deadletters
-from transfer.errors import Denied
+from transfer.errors import Denied, NotFound
 from transfer.home import Home
 from transfer.plan import Plan, scan
 from transfer.staging import stage
@@ -104,24 +104,45 @@ def test_nothing_else_of_the_state_directory_is_sent(home: Home, tmp_path: Path)
             scan([str(path)])
 
 
-def test_what_another_dispatch_is_to_send_stays_when_its_own_is_delivered(home: Home, tmp_path: Path) -> None:
-    """It waited for the night, and at noon a retry of the first one took the last copy away."""
-    studies.ct(tmp_path / "study", 2)
-    given_up(home, tmp_path / "study")
-    assert deadletters.lend(home, RUN, [str(tmp_path / "study")]) == [str(tmp_path / "study")]
-    deadletters.forget(home, RUN)  # nobody reads it: the source is there
-    assert not (home.root / "failed" / RUN).exists()
-    given_up(home, tmp_path / "study")
-    shutil.rmtree(tmp_path / "study")
-    paths = deadletters.lend(home, RUN, [str(tmp_path / "study")])
-    deadletters.forget(home, RUN)
-    assert len(scan(paths).items) == 2
-    # Also where its own fails once more meanwhile, from a source that is there again.
-    studies.ct(tmp_path / "study", 2)
-    given_up(home, tmp_path / "study")
-    shutil.rmtree(tmp_path / "study")
-    deadletters.forget(home, RUN)
-    assert len(scan(paths).items) == 2
-    assert deadletters.read_by([*paths, str(tmp_path / "study"), "/", "files"]) == {RUN}
-    assert deadletters.clear(home, time.time() + 9, deadletters.read_by(paths)) == 0  # it still waits
+@pytest.mark.parametrize(
+    "spool", [f"failed/{RUN}/files", "uploads/1a2b/files", f"retrievals/{RUN}/spool/1.2.3", "received/ct/1.2.3"]
+)
+def test_what_another_dispatch_is_to_send_stays_when_its_own_is_delivered(home: Home, spool: str) -> None:
+    """It waited for the night, and at noon the first one was delivered, which took the last copy away."""
+    studies.ct(home.root / spool / "a", 2)
+    of_first = scan([str(home.root / spool)]).dispatch_id
+    paths = deadletters.lend(home, RUN, [str(home.root / spool)])
+    shutil.rmtree(home.root / spool.partition("/")[0] / spool.split("/")[1])
+    assert scan(paths).dispatch_id == of_first
+    (name,) = deadletters.read_by([*paths, str(home.root / "study"), "/", "files"])
+    assert deadletters.clear(home, time.time() + 9, {name}) == 0  # it still waits
+    again = deadletters.lend(home, name, paths)
+    deadletters.forget(home, RUN, paths)
+    assert scan(again).dispatch_id == of_first and not Path(paths[0]).exists()
     assert deadletters.clear(home, time.time() + 9) == 1
+
+
+def test_single_files_and_several_paths_are_kept_for_another_dispatch(home: Home, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "outside", 1)
+    studies.ct(home.root / "uploads" / "1a2b" / "files", 2)
+    one, other = sorted((home.root / "uploads" / "1a2b" / "files").iterdir())
+    (alone,) = deadletters.lend(home, RUN, [str(one)])
+    paths = deadletters.lend(home, RUN, [str(tmp_path / "outside"), str(one.parent), str(other)])
+    assert paths[0] == str(tmp_path / "outside") and len(set(paths)) == 3
+    content = one.read_bytes(), other.read_bytes()
+    shutil.rmtree(home.root / "uploads")
+    assert Path(alone).read_bytes() == content[0] and Path(paths[2]).read_bytes() == content[1]
+    assert Path(alone).name == one.name and sorted(os.listdir(paths[1])) == sorted((one.name, other.name))
+    kept = deadletters.kept(home)
+    with pytest.raises(NotFound):
+        deadletters.lend(home, RUN, [alone, str(one)])
+    assert deadletters.kept(home) == kept, "nothing is left of what could not be lent"
+
+
+def test_a_dispatch_that_was_given_up_keeps_its_files_while_another_is_delivered(home: Home, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    given_up(home, tmp_path / "study")
+    deadletters.forget(home, "another", [str(home.root / "failed" / RUN / "files")])
+    assert deadletters.kept(home) == {RUN}
+    assert deadletters.lend(home, RUN, [str(tmp_path / "study")]) == [str(tmp_path / "study")]
+    assert deadletters.kept(home) == {RUN}, "its source is there"
