@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom import AE, build_role, evt
+from pynetdicom import build_role, evt
 
 from protocols.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE
 from protocols.dimse.committing import Reports
@@ -23,6 +23,7 @@ from talaria.testing.harness import attempt
 from talaria.testing.process import free_port, until
 from tests.protocols.intake import AET, listening
 from tests.servers.orthanc import shared_orthanc
+from tests.servers.scu import AE
 from tests.targets.dicom import dicom_target
 from transfer.receipt import Level
 from transfer.spool import Spool

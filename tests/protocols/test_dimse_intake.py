@@ -23,7 +23,6 @@ import pytest
 from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom import AE
 
 from imaging.header import read_header
 from protocols.dimse import acceptance, keeping, senders
@@ -39,6 +38,7 @@ from talaria.testing.harness import attempt
 from talaria.testing.process import program, until
 from talaria.testing.relay import relay
 from tests.protocols.intake import AET, Listening, PlainSender, listening, lying, refusal, store_until_cut_off, stray
+from tests.servers.scu import AE
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import KEY_PASSWORD, certificates, tls_target
 from transfer.errors import Busy, DispatchError

@@ -10,9 +10,7 @@ counters. What is retrieved is decided by `on_get` and `on_move`, which return s
 from __future__ import annotations
 
 import fnmatch
-import gc
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -364,7 +362,7 @@ class _Sender:
     """Sends instances to a move's destination, by pynetdicom."""
 
     def __init__(self, peer: Archive, request: Request) -> None:
-        from pynetdicom import AE
+        from tests.servers.scu import AE
 
         self.peer = peer
         ae = AE(peer.aet)
@@ -373,10 +371,6 @@ class _Sender:
             ae.add_requested_context(pair[0], [pair[1]])
         port = peer.ports[request.destination]
         self.assoc = ae.associate("127.0.0.1", port, ae_title=request.destination)
-        if not self.assoc.is_established:  # pynetdicom leaves the socket of a connection that was refused unclosed
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)
-                gc.collect()
 
     def send(self, step: Send, request: Request) -> None:
         if not self.assoc.is_established:

@@ -27,7 +27,6 @@ from typing import Any, TypeVar
 import pydicom
 from pydicom.dataset import Dataset
 
-from talaria.testing.process import listening
 from tests.servers import wire
 from tests.servers.steps import (
     Abort,
@@ -516,13 +515,12 @@ class Connection:
 
     def _report_anew(self, commit: Commit, step: Report) -> None:
         """Open an association to the requester's listener, as most archives do, and report there."""
-        from pynetdicom import AE, build_role
+        from pynetdicom import build_role
+
+        from tests.servers.scu import AE
 
         self.peer.stopped.wait(step.delay_s)
         assert step.port is not None
-        if not listening(step.port):  # pynetdicom would leave its socket behind
-            self.peer.reported.append((commit.transaction, None))
-            return
         try:
             ae = AE(self.peer.aet)
             ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = 5

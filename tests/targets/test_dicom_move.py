@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from protocols.dimse.get import DESTINATION_UNKNOWN
@@ -20,6 +19,7 @@ from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.qr import FIND, GET, MOVE, Instance, Last, Request, Send, Steps, archive
 from tests.servers.qrscp import qrscp
+from tests.servers.scu import AE
 from tests.targets.dicom import dicom_target
 from tests.targets.pulling import AET, GETS, MOVES, in_latin_1, only, port_of_moves, store, study
 from transfer.errors import REMEDIES, Misconfigured
