@@ -79,6 +79,27 @@ def test_a_link_in_a_shared_folder_counts_as_what_it_points_at(shared: Path, tmp
     assert queue_for("normal", {"paths": [str(shared / "link")]}) == "normal@here"
 
 
+def test_the_lines_of_a_list_count_as_well(shared: Path, tmp_path: Path) -> None:
+    """A list of one host's files lay in a shared folder: any host ran it, and another host's files went out."""
+    whole, mixed, gone = (shared / name for name in ("whole.txt", "mixed.txt", "gone.txt"))
+    (tmp_path / "one").mkdir()
+    whole.write_text(f"a\n{shared / 'b'}\n# no study\n")
+    mixed.write_text(f"a\n{tmp_path / 'one'}\n{tmp_path / 'missing'}\n")
+    gone.write_text(f"a\n{tmp_path / 'missing'}\n")
+
+    def asked(path: Path, each: str = "line") -> dict[str, Any]:
+        return {"paths": [str(path)], "each": each}
+
+    assert queue_for("normal", asked(whole)) == "normal" and queue_for("normal", asked(mixed, "")) == "normal"
+    assert queue_for("normal", asked(mixed)) == "normal@here" and queue_for("urgent", asked(gone)) == "urgent@here"
+    assert queue_for("normal", asked(shared / "none.txt")) == "normal@here"  # nobody knows what it names
+    runs = {path: a_run("normal", path) for path in (whole, mixed, gone, shared / "none.txt")}
+    for run in runs.values():
+        run.parameters["each"] = "line"
+    assert [is_here(run) for run in runs.values()] == [True, True, False, True]
+    assert [must_stay(run) for run in runs.values()] == [False, True, True, True]
+
+
 def test_alone_a_host_has_no_queue_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TALARIA_LEDGER")
     assert queue_for("normal", {"paths": [str(tmp_path)]}) == "normal"
