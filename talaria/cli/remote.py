@@ -68,6 +68,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "pause_job": ("POST", "/jobs/{job}/pause"),
     "resume_job": ("POST", "/jobs/{job}/resume"),
     "recover_jobs": ("POST", "/recover"),
+    "prune": ("POST", "/prune"),
     "status": ("GET", "/status"),
     "health": ("GET", "/health"),
 }

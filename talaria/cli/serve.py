@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -113,23 +115,32 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Forget old ledger rows, receipts and indexes of folders, and clear orphans of staging."""
-    from talaria.engine.leftovers import clear, waiting
-    from talaria.settings import load_settings
-    from transfer.ledger import Ledger
-
     age = _AGE.fullmatch(older_than)
     if not age:
         raise ValueError(f"--older-than {older_than!r}: expected a number and d, h or m, as in 30d")
+    done = _pruned(float(int(age[1]) * _SECONDS[age[2]]))
+    if as_json:
+        print_json(done)
+    else:
+        print(
+            "{rows} ledger rows, {receipts} receipts, {staging} staging folders, {indexes} indexes removed".format(
+                **done
+            )
+        )
+
+
+def _pruned(age: float) -> dict[str, Any]:
+    """Forget what is older than so many seconds; only a server knows which runs have not ended."""
+    from talaria.settings import load_settings
+
     load_settings()
     home = Home.current()
-    with Ledger(home.ledger) as ledger:
-        before = ledger.now() - int(age[1]) * _SECONDS[age[2]]
-        rows = ledger.prune(before, waiting(home))
-        receipts, orphans, indexes = clear(home, ledger, before)
-    if as_json:
-        print_json({"rows": rows, "receipts": receipts, "staging": orphans, "indexes": indexes})
-    else:
-        print(f"{rows} ledger rows, {receipts} receipts, {orphans} staging folders, {indexes} indexes removed")
+    if remote.found() is None and not (os.environ.get("PREFECT_API_URL") or (home.root / "prefect").exists()):
+        from talaria.engine.leftovers import forget
+
+        return asdict(forget(home, age, (), age, age))  # there has never been a run
+    with api() as access:
+        return access.call("prune", older_than_s=age)
 
 
 def demo() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from protocols.dicomfolder.indexes import clear_indexes
 from transfer import deadletters, uploads
@@ -22,38 +23,48 @@ def clear_staging(home: Home, ledger: Ledger) -> int:
     return len(orphans)
 
 
-def waiting(home: Home) -> set[str]:
-    """Return the ids of the runs that wait for their next part, and have left behind what it must know."""
-    with Ledger(home.ledger) as ledger:
-        return ledger.rests.runs()
+@dataclass(frozen=True)
+class Forgotten:
+    """How much has gone: rows of the ledger, receipts, staging folders, and unused indexes of read-only folders."""
+
+    rows: int = 0
+    receipts: int = 0
+    staging: int = 0
+    indexes: int = 0
 
 
-def clear(
-    home: Home, ledger: Ledger, before: float, keep: Collection[str] = (), failed_before: float = 0.0
-) -> tuple[int, int, int]:
-    """Remove what is older than `before` (seconds since the epoch), and orphans of staging; return how many of each.
+def forget(home: Home, age: float, open_runs: Collection[str], failed_age: float, shared_age: float) -> Forgotten:
+    """Forget what is older than `age` seconds, but nothing of runs that go on, and clear orphans of staging.
 
     Args:
-        keep: ids of runs that have not ended.
-        failed_before: the time for files of dispatches that were given up, if it is later.
-
-    Returns:
-        How many receipts, staging folders, and unused indexes of read-only folders.
+        open_runs: ids of runs that have not ended, and of those whose kept files they are to read.
+        failed_age: that of the files of dispatches that were given up.
+        shared_age: for what is in a ledger that several hosts share, if it is longer: no host knows of which runs the
+            others keep files.
     """
-    # Of runs whose files another host may keep, where several share the ledger, that stays as long as these.
-    ledger.rests.prune(min(before, failed_before) if ledger.shared else before, keep)
-    discard(home.root / "waiting")  # where an earlier Talaria had what runs left behind
-    kept = {*keep, *ledger.rests.runs()}
-    uploads.tidy(home, before, kept)
-    deadletters.clear(home, max(before, failed_before), kept)
-    old = []
+    with Ledger(home.ledger) as ledger:
+        now = ledger.now()
+        before, common = now - age, now - (max(age, shared_age) if ledger.shared else age)
+        deadletters.clear(home, now - failed_age, {*open_runs, *ledger.rests.runs()})
+        kept = {*open_runs, *deadletters.kept(home)}
+        rows = ledger.prune(common, kept)
+        ledger.rests.prune(common, kept)
+        discard(home.root / "waiting")  # where an earlier Talaria had what runs left behind
+        kept |= ledger.rests.runs()
+        uploads.tidy(home, before, kept)
+        receipts = _forget_receipts(home, before, kept)
+        kept |= {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
+        for state in (home.root / "retrievals").glob("*/job.json"):
+            if state.stat().st_mtime < before and state.parent.name not in kept:
+                discard(state.parent)
+        return Forgotten(rows, receipts, clear_staging(home, ledger), clear_indexes(home.root, before))
+
+
+def _forget_receipts(home: Home, before: float, kept: Collection[str]) -> int:
+    count = 0
     for path in home.receipt("").parent.glob("*.json"):
         if path.stem not in kept and path.stat().st_mtime < before:
-            old.append(path)
             path.unlink(missing_ok=True)
             path.with_suffix(".csv").unlink(missing_ok=True)
-    kept |= {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
-    for state in (home.root / "retrievals").glob("*/job.json"):
-        if state.stat().st_mtime < before and state.parent.name not in kept:
-            discard(state.parent)
-    return len(old), clear_staging(home, ledger), clear_indexes(home.root, before)
+            count += 1
+    return count

@@ -19,10 +19,11 @@ from typing import Any
 from uuid import UUID
 
 import httpx
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 
 from talaria.engine.freed import give_back, taken
-from talaria.engine.leftovers import clear, waiting
+from talaria.engine.leftovers import forget
 from talaria.settings import load_settings
 from transfer import deadletters
 from transfer.home import Home
@@ -52,7 +53,7 @@ async def keep(home: Home, client: httpx.AsyncClient, *, embedded: bool) -> None
     age, failed, last = settings.keep_days * DAY_S, settings.keep_failed_days * DAY_S, math.inf
     while True:
         try:
-            runs, clear = await _unfinished(client), vacuum if embedded else None
+            runs, clear = await unfinished(client), vacuum if embedded else None
             last = await tidy(home, age, settings.keep_limit, runs, clear, failed_age=failed, last=last)
         except Exception:  # whatever it is, nothing else depends on it
             logger.exception("what is old could not be cleared: tried again in an hour")
@@ -172,16 +173,8 @@ def _is_all_old(home: Home, age: float) -> bool:
 
 
 def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: float, shared_age: float) -> None:
-    """Forget what is older than `age`; of a ledger that several hosts share, what is older than `shared_age`.
-
-    No host knows of which runs the others keep files, and what takes too much here isn't in that ledger.
-    """
-    with Ledger(home.ledger) as ledger:
-        now = ledger.now()
-        deadletters.clear(home, now - failed_age, {*open_runs, *waiting(home)})
-        keep = {*open_runs, *deadletters.kept(home)}
-        ledger.prune(now - (shared_age if ledger.shared else age), keep)
-        clear(home, ledger, now - age, keep, now - failed_age)
+    """Forget what is older than `age`; of a ledger that several hosts share, `shared_age`: it takes no room here."""
+    forget(home, age, open_runs, failed_age, shared_age)
     for log in (home.root / "logs").glob("*.log"):
         if log.stat().st_size > LOG_BYTES:
             shutil.copyfile(log, log.with_suffix(".log.1"))
@@ -189,12 +182,12 @@ def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: floa
             os.truncate(log, 0)  # who writes it appends, and goes on
 
 
-async def _unfinished(client: httpx.AsyncClient) -> set[str]:
+async def unfinished(client: httpx.AsyncClient | PrefectClient) -> set[str]:
     """Return the ids of runs that have not ended, and of those whose kept files they are to send."""
     found, count = set[str](), 0
     while True:
         body = {"flow_runs": {"state": {"type": {"any_": OPEN}}}, "limit": PAGE, "offset": count}
-        answer = await client.post("/flow_runs/filter", json={**body, "sort": "ID_DESC"})
+        answer = await client.request("POST", "/flow_runs/filter", json={**body, "sort": "ID_DESC"})
         page = answer.raise_for_status().json()
         for one in page:
             paths = one["parameters"].get("paths")

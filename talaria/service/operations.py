@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from talaria.service import Office, dispatches, jobs, retrievals, rules, sources, status, targets
+from talaria.service import Office, dispatches, jobs, pruning, retrievals, rules, sources, status, targets
 
 CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "list_targets": targets.list_targets,
@@ -45,6 +45,7 @@ CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "pause_job": jobs.pause_job,
     "resume_job": jobs.resume_job,
     "recover_jobs": jobs.recover_jobs,
+    "prune": pruning.prune,
     "status": status.status,
 }
 STREAMS: dict[str, Callable[..., AsyncIterator[tuple[str, dict[str, Any]]]]] = {

@@ -498,6 +498,7 @@ def test_every_route_answers_as_it_is_described(up: Talaria, api: httpx.Client, 
     for collection in ("dispatches", "jobs"):
         assert api.post(f"/{collection}/{delivered}/send", json={"to": ["archive"]}).status_code == 200
     assert api.post("/recover").status_code == 200
+    assert api.post("/prune", json={"older_than_s": 1e9}).status_code == 200
     (tmp_path / "inbox").mkdir()
     box = {"box": {"type": "inbox", "folder": str(tmp_path / "inbox"), "targets": ["archive"], "interval_s": 3600}}
     assert api.post("/sources", json={"sources": box}).status_code == 200

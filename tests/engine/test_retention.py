@@ -20,6 +20,8 @@ import pytest
 
 from talaria.engine import freed, retention
 from talaria.testing import studies
+from tests.engine.material import folder, later, source, study
+from tests.servers.qr import archive
 from tests.servers.up import Talaria
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -170,7 +172,7 @@ def test_the_steps_begin_where_the_last_look_ended(home: Home, monkeypatch: pyte
         return kept
 
     tidy = retention.tidy
-    for name, one in {"vacuum": clear, "_unfinished": nothing_open, "tidy": tidied, "EVERY_S": 0.0}.items():
+    for name, one in {"vacuum": clear, "unfinished": nothing_open, "tidy": tidied, "EVERY_S": 0.0}.items():
         monkeypatch.setattr(retention, name, one)
     monkeypatch.setattr("talaria.engine.retention.used", lambda home: 2 * 10 * 1024**3)
     with pytest.raises(asyncio.CancelledError):
@@ -234,7 +236,7 @@ def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
 
     async def ask() -> set[str]:
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://there/api") as client:
-            return await retention._unfinished(client)
+            return await retention.unfinished(client)
 
     assert asyncio.run(ask()) == {run["id"] for run in runs} | {"given-up"}
 
@@ -275,6 +277,41 @@ def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) 
         assert not count("flow_run", run, "id") and not any(count(table, run) for table in of_the_run)
         assert all(count("flow_run", one, "id") == 1 and count("flow_run_state", one) for one in (waits, kept))
         assert not count("events") and not count("event_resources")
+
+
+def test_the_command_asks_which_runs_go_on(
+    up: Talaria, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing here tells of one that is paused, or of a retrieval that rests; nor who is to read what was kept."""
+    home = Home(up.home)
+    letters = {name: home.root / "failed" / name / "files" for name in ("lent", "forgotten")}
+    for files in letters.values():
+        studies.ct(files, 1)
+    with archive(study("A1")) as peer:
+        up.apply(src=source(peer, window=later(2)), by_night=folder(tmp_path / "archive", window=later(2)))
+        rests = up.told("retrieve", "src", "--accession", "A1", "--to", "by-night", "--no-wait")["flow_run_id"]
+    reads = up.told("send", str(letters["lent"]), "--to", "by-night", "--no-wait")["flow_run_id"]
+    for run_id in (rests, reads):
+        up.until(lambda run_id=run_id: up.run(run_id)["state"]["name"] == "AwaitingRetry")
+    flow = up.run(reads)["flow_id"]
+    paused = up.api("POST", "/flow_runs/", flow_id=flow, state={"type": "PAUSED", "name": "Paused"})["id"]
+    over = up.api("POST", "/flow_runs/", flow_id=flow, state={"type": "COMPLETED"})["id"]
+    for run_id in (rests, paused, over):
+        ended(home, plan, run_id, 3, monkeypatch)
+    for files in letters.values():
+        os.utime(files.parent, (time.time() - 3 * DAY_S,) * 2)
+    done = up.told("prune", "--older-than", "2d")
+    assert done["receipts"] and done["rows"]
+    assert not home.receipt(over).exists() and not (home.root / "retrievals" / over).exists()
+    assert letters["lent"].exists() and not letters["forgotten"].exists()
+    with Ledger(home.ledger) as ledger:
+        assert not ledger.results(f"dispatch-{over}")
+        for run_id in (rests, paused):
+            assert ledger.results(f"dispatch-{run_id}") and home.receipt(run_id).exists()
+            assert (home.root / "retrievals" / run_id / "job.json").exists()
+    for run_id in (rests, reads):
+        up.here("jobs", "cancel", run_id)
+    up.api("DELETE", f"/flow_runs/{paused}")
 
 
 def test_files_of_what_was_given_up_have_a_time_of_their_own(home: Home) -> None:

@@ -218,6 +218,15 @@ class RecoveredAnswer(ExactAnswer):
     recovered: list[str]
 
 
+class ForgottenAnswer(ExactAnswer):
+    """How much has gone."""
+
+    rows: int = Field(description="Of the ledger.")
+    receipts: int
+    staging: int = Field(description="Folders of staged files that no run had any more.")
+    indexes: int = Field(description="Unused indexes of read-only folders.")
+
+
 class ItemAnswer(ExactAnswer):
     """What became of one item."""
 

@@ -39,12 +39,19 @@ def add_to(app: FastAPI) -> None:
             answer=answers.CreatedDispatchAnswer,
         )
     add(app, "POST", "/recover", recover_jobs, answer=answers.RecoveredAnswer)
+    add(app, "POST", "/prune", prune, answer=answers.ForgottenAnswer)
 
 
 class Destinations(RequestBody):
     """Where to send what a dispatch sent."""
 
     to: list[str] = Field(min_length=1, description="Names of targets.")
+
+
+class Age(RequestBody):
+    """What is old."""
+
+    older_than_s: float = Field(ge=0, description="Seconds.")
 
 
 @needs(Role.OPERATOR)
@@ -61,6 +68,14 @@ async def recover_jobs(asked: Asked) -> dict[str, Any]:
     from talaria.service import jobs
 
     return await jobs.recover_jobs(await asked())
+
+
+@needs(Role.ADMIN)
+async def prune(asked: Asked, body: Age) -> dict[str, Any]:
+    """Forget at once what is older; what a job needs that has not ended stays."""
+    from talaria.service import pruning
+
+    return await pruning.prune(await asked(), body.older_than_s)
 
 
 def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
