@@ -28,6 +28,7 @@ from transfer.errors import (
     Rejected,
     TimedOut,
     Unreachable,
+    Unread,
 )
 from transfer.oserrors import ITEM_ERRORS
 from transfer.outcome import UNSENT, Kind, Outcome
@@ -45,6 +46,7 @@ _MEANING: tuple[tuple[type[DispatchError], str], ...] = (
     (Busy, "the peer can't take it now"),
     (Interrupted, "the connection broke, or what came made no sense"),
     (NotTrusted, "the peer's certificate or host key is not accepted"),
+    (Unread, "part of it can't be read: what was not found may be there"),
     (Denied, "the peer refuses these credentials, or this operation to them"),
     (NotFound, "what the target names is not there"),
     (Rejected, "refused by the peer"),

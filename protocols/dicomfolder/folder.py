@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from imaging.query import Match, Query
 from protocols.dicomfolder.index import ATTRIBUTES, DAMAGED, NAME, NOT_DICOM, Index, Stamp
 from protocols.dicomfolder.indexes import INDEXES, SUFFIX
 from protocols.dicomfolder.scan import Changes, Work, apply, look
+from protocols.dicomfolder.unread import Beside, UnreadEntry, may_have_more
 from protocols.files.tree import Tree
 from transfer.beneath import FOLDER
 from transfer.errors import Rejected
@@ -59,7 +60,7 @@ class IndexReport:
         unchanged: files that are as they were, and were not opened.
         not_dicom: files in the folder that are not DICOM.
         damaged: files that are DICOM, or meant to be, but are broken or don't name their series.
-        unreadable: files and folders that this process may not read.
+        unread: files and folders that this process may not read.
         links: symbolic links, which are not followed.
         saved: whether the index is in its file; False where it is in memory only.
     """
@@ -69,7 +70,7 @@ class IndexReport:
     unchanged: int = 0
     not_dicom: int = 0
     damaged: int = 0
-    unreadable: int = 0
+    unread: tuple[UnreadEntry, ...] = field(default=(), repr=False)
     links: int = 0
     saved: bool = False
 
@@ -126,6 +127,7 @@ class DicomFolder:
         self._index = Index(self._path, self.root / NAME)
         self._saved_at = time.monotonic()
         self.report = IndexReport()
+        self._beside = Beside(self._index.db, ())
 
     def close(self) -> None:
         self._index.close()
@@ -167,6 +169,7 @@ class DicomFolder:
                     changes = look(self._index, self._tree, self._check)
                 work = self._apply(changes)
         self.report = self._reported(changes, work)
+        self._beside = Beside(self._index.db, self.report.unread)
         return self.report
 
     def _apply(self, changes: Changes) -> Work:
@@ -193,7 +196,7 @@ class DicomFolder:
             changes.unchanged,
             counts.get(NOT_DICOM, 0),
             counts.get(DAMAGED, 0),
-            changes.unreadable + work.unreadable,
+            (*changes.unread, *work.unread),
             changes.links,
             self._index.is_saved,
         )
@@ -219,6 +222,10 @@ class DicomFolder:
             os.close(fd)
 
     # ---- answering
+
+    def unread(self, study: str) -> int:
+        """Return how many files and folders, which the last look could not read, may hold instances of a study."""
+        return self._beside.count(study)
 
     def find(self, query: Query) -> Iterator[Match]:
         """Yield the studies or series that match, as the folder is now, in the order of their files' paths.
@@ -266,7 +273,7 @@ class DicomFolder:
 
     def _study(self, study: int) -> Match:
         answer, instances = self._study_answer(study)
-        return Match(keyworded(answer), instances)
+        return self._match(answer, instances)
 
     def _study_answer(self, study: int) -> tuple[dict[str, Any], int]:
         """Return QIDO's answer for a study, and how many instances it has."""
@@ -293,7 +300,12 @@ class DicomFolder:
         ).fetchone()
         answer = _answer(SERIES_FIELDS, row)
         answer["00201209"] = {"vr": "IS", "Value": [instances]}
-        return Match(keyworded({**self._study_answer(study)[0], **answer}), instances)
+        return self._match({**self._study_answer(study)[0], **answer}, instances)
+
+    def _match(self, answer: dict[str, Any], instances: int) -> Match:
+        match = Match(keyworded(answer), instances)
+        count = self.unread(match.StudyInstanceUID)
+        return replace(match, note=may_have_more(count)) if count else match
 
     def _held(self, study: int, series: int) -> Iterator[HeldInstance]:
         db = self._index.db

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from imaging.header import Damaged, NotDicom, read_elements
 from protocols.dicomfolder.index import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, IndexedInstance, Stamp
+from protocols.dicomfolder.unread import LOST_AND_FOUND, UnreadEntry
 from protocols.files.tree import Tree
 from transfer.beneath import FOLDER
 from transfer.readers import Readers
@@ -62,7 +63,7 @@ class Changes:
     Attributes:
         vanished: folders that are no longer there.
         unchanged: how many files are unchanged.
-        unreadable: how many folders can't be listed.
+        unread: folders that can't be listed.
         links: how many symbolic links there are, which are not followed.
         newest: the latest time of any file that must be read, nanoseconds since the epoch.
     """
@@ -70,7 +71,7 @@ class Changes:
     folders: list[Change] = field(default_factory=list)
     vanished: list[bytes] = field(default_factory=list)
     unchanged: int = 0
-    unreadable: int = 0
+    unread: list[UnreadEntry] = field(default_factory=list)
     links: int = 0
     newest: int = 0
 
@@ -98,8 +99,9 @@ def look(index: Index, tree: Tree, check: Callable[[], None]) -> Changes:
         except OSError as exc:
             if not path or exc.errno in GONE:
                 raise
-            if exc.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # else it vanished this moment
-                found.unreadable += 1
+            vanished = exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+            if not vanished and path.rpartition(b"/")[2] != LOST_AND_FOUND:
+                found.unread.append(UnreadEntry(path, is_folder=True))
             continue
         found.links += links
         stack.extend(os.path.join(path, name) for name in below)
@@ -164,11 +166,11 @@ class Read(NamedTuple):
 
 @dataclass
 class Work:
-    """How many files were read, found gone, and could not be read."""
+    """How many files were read and found gone, and which could not be read."""
 
     read: int = 0
     removed: int = 0
-    unreadable: int = 0
+    unread: list[UnreadEntry] = field(default_factory=list)
 
 
 def apply(index: Index, tree: Tree, changes: Changes, between: Callable[[], None]) -> Work:
@@ -210,6 +212,8 @@ def _bring_up(
         with index.changing():
             for read in readers.map(partial(_read, tree, change.path), chunk):
                 whole &= _put(index, folder, read, work)
+                if read.stamp is None and read.kind == DAMAGED:
+                    work.unread.append(UnreadEntry(os.path.join(change.path, read.name), is_folder=False))
         between()
     if whole:
         index.mark_folder(folder, change.mark)
@@ -225,7 +229,6 @@ def _let_it_tick(newest: int) -> None:
 def _put(index: Index, folder: int, read: Read, work: Work) -> bool:
     """Add a file to the index; return False if it must be read again although its stamp is the same."""
     if read.stamp is None:
-        work.unreadable += read.kind == DAMAGED
         index.remove_files(folder, [read.name])
         return False
     work.read += 1

@@ -43,16 +43,19 @@ def query(
     from imaging.query import counted
 
     with api() as access:
-        found = access.call("find_matches", source=name, level=str(level), **keys.given())["matches"]
+        document = access.call("find_matches", source=name, level=str(level), **keys.given())
+    found, unread = document["matches"], document.get("unread")  # which an older server doesn't say
     if as_json:
-        print_json({"matches": found})
+        print_json({"matches": found, "unread": unread})
     else:
         columns = COLUMNS[str(level)]
         table("", list(columns), [[_shown(one.get(column)) for column in columns] for one in found])
         say(counted(len(found), str(level)))
     for note, count in Counter(one["note"] for one in found if "note" in one).items():
         say(f"{count} of them: {note}")
-    return DONE if found else NOT_ALL
+    if unread:
+        say(str(unread))
+    return DONE if found and not unread else NOT_ALL
 
 
 def _shown(value: Any) -> str:

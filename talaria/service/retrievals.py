@@ -10,19 +10,18 @@ from typing import Any
 
 from blocks.base import Target
 from imaging.match import of_study
-from imaging.query import Match, Query, listed
+from imaging.query import Query, listed
 from talaria.service import Office
 from talaria.service.jobs import line, queued, result
 from talaria.service.searching import SEARCHES
-from tasks import DRIVERS
 from tasks.dispatch import audited
 from tasks.dispatch.asked import retrieval_name
-from tasks.quiet import Quiet
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
-from tasks.retrieve.search import matches
+from tasks.retrieve.search import SearchResult, found_at
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions, pasted
+from transfer.errors import Unread
 
 # Without one of these, a retrieval would fetch all that there is.
 SELECTIVE = ("accessions", "study_uids", "series_uid", "study_date", "study_descriptions")
@@ -56,22 +55,20 @@ async def find_matches(office: Office, source: str, **keys: Any) -> dict[str, An
     query = _query(**keys)
     (target,) = await load(office.client, [source])
     check_source(target)
-    return {"matches": [match.to_json() for match in await _asked(office, target, query)]}
+    found = await _asked(office, target, query)
+    return {"matches": [match.to_json() for match in found.matches], "unread": found.unread or None}
 
 
-async def _asked(office: Office, target: Target, query: Query) -> list[Match]:
+async def _asked(office: Office, target: Target, query: Query) -> SearchResult:
     """Ask a target what it has, and note in the audit trail that somebody did."""
-    find = DRIVERS.of(target).find
-    assert find is not None  # noqa: S101 - check_source has seen it
 
-    def ask() -> list[Match]:
-        found: list[Match] | None = None
+    def ask() -> SearchResult:
+        found: SearchResult | None = None
         try:
-            with Quiet(target).errors():
-                found = matches(find(target, query))
+            found = found_at(target, query)
         finally:
             asked = [name for name, value in vars(query).items() if value and name != "level"]
-            audited.queried(target, asked, None if found is None else len(found), "", office.user)
+            audited.queried(target, asked, None if found is None else len(found.matches), "", office.user)
         return found
 
     return await SEARCHES.run(office.user, ask, office.gone)
@@ -150,7 +147,10 @@ async def create_retrieval(
         check_destination(target)
     if asks:  # no patient's name or ID gets into a run's parameters
         query = replace(wanted, AccessionNumber=numbers)
-        uids = [match.StudyInstanceUID for match in await _asked(office, origin, query)]
+        found = await _asked(office, origin, query)
+        if found.unread:
+            raise Unread(f"{found.unread}. What was found can be fetched by its study UIDs")
+        uids = [match.StudyInstanceUID for match in found.matches]
         if not uids:
             raise ValueError("nothing matches the query")
         parameters["study_uids"] = uids  # the numbers stay: those of no such study are missing

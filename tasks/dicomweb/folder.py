@@ -19,6 +19,7 @@ from blocks.dicomweb import DicomWebTarget
 from imaging.query import Match, Query, listed, text
 from protocols.dicomfolder.folder import DicomFolder, IndexReport
 from protocols.dicomfolder.store import FolderPush, fetch
+from protocols.dicomfolder.unread import may_have_more
 from protocols.files import filesystem as fs
 from protocols.files.incoming import Style
 from protocols.files.tree import Tree
@@ -147,7 +148,7 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
             found |= {text(match.attributes.get("AccessionNumber")).casefold(), match.StudyInstanceUID}
             yield match
         _log(target, folder.report)
-        if folder.report.unreadable and (asked - found or not asked):
+        if folder.report.unread and (asked - found or not asked):
             raise Unread(f"{_unreadable(folder.report)}: it may be there", target.name)
 
 
@@ -156,6 +157,8 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
 
 def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushReport) -> Receipt:
     """Copy the instances of all series that match into a folder, as `<SOP instance UID>.dcm`.
+
+    What can't be read, and may be part of the studies, is missing.
 
     Raises:
         NotFound: nothing matches.
@@ -167,9 +170,12 @@ def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushRepor
         if not held:
             raise NotFound(f"{target.url}: nothing matches the query")
         got = fetch(folder, held, into, report, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
+        unread = sum(folder.unread(uid) for uid in dict.fromkeys(one.StudyInstanceUID for one in held))
         notes = (*got.notes, *(text for _, text in _passed_over(folder.report)))
+        if unread:
+            notes = (may_have_more(unread), *notes)
     receipt = report.receipt(target.name, got.plan, verified=Level.LISTED, notes=notes)
-    return replace(receipt, missing=receipt.missing + got.missing)
+    return replace(receipt, missing=receipt.missing + got.missing + unread)
 
 
 def _log(target: DicomWebTarget, report: IndexReport) -> None:
@@ -189,9 +195,9 @@ def _passed_over(report: IndexReport) -> Iterator[tuple[int, str]]:
         yield logging.WARNING, f"{report.damaged} files are damaged, or belong to no series: passed over"
     if report.links:
         yield logging.INFO, f"{report.links} symbolic links are not followed"
-    if report.unreadable:
+    if report.unread:
         yield logging.WARNING, f"{_unreadable(report)}: what is in them is left out"
 
 
 def _unreadable(report: IndexReport) -> str:
-    return f"{report.unreadable} files or folders can't be read by user {user()}"
+    return f"{len(report.unread)} files or folders can't be read by user {user()}"

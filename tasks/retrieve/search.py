@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import get_client
 from prefect.artifacts import acreate_table_artifact
@@ -25,6 +24,17 @@ SHOWN = ("AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "StudyDate"
 MOST_ROWS = 2000  # of the artifact
 
 
+class SearchResult(NamedTuple):
+    """What a search has found.
+
+    Attributes:
+        unread: why what was not found may be there all the same; "" if it isn't.
+    """
+
+    matches: list[Match]
+    unread: str = ""
+
+
 async def search(source: str, query: Query) -> State[Any]:
     """Ask a target what it has; leave a table of it on the run.
 
@@ -34,10 +44,12 @@ async def search(source: str, query: Query) -> State[Any]:
     target = await patiently(lambda: _load(source))
     check_source(target)
     found = await asyncio.to_thread(_find, target, query, getattr(FlowRunContext.get(), "flow_run", None))
-    words = f"{counted(len(found), query.level)} at {target.name}"
-    rows = [_row(match) for match in found[:MOST_ROWS]]
+    words = f"{counted(len(found.matches), query.level)} at {target.name}"
+    rows = [_row(match) for match in found.matches[:MOST_ROWS]]
     await patiently(lambda: acreate_table_artifact(rows, "matches", words))
-    return Completed(message=words) if found else Failed(message=f"nothing matches at {target.name}")
+    if found.unread:
+        return Failed(message=f"{words}; {found.unread}")
+    return Completed(message=words) if found.matches else Failed(message=f"nothing matches at {target.name}")
 
 
 async def _load(name: str) -> Target:
@@ -46,33 +58,34 @@ async def _load(name: str) -> Target:
         return target
 
 
-def _find(target: Target, query: Query, flow_run: Any) -> list[Match]:
-    find = DRIVERS.of(target).find
-    assert find is not None  # noqa: S101 - `check_source` has seen it
-    found: list[Match] | None = None
+def _find(target: Target, query: Query, flow_run: Any) -> SearchResult:
+    found: SearchResult | None = None
     try:
-        with Quiet(target).errors():
-            found = matches(find(target, query))
+        found = found_at(target, query)
     finally:
         keys = [name for name, value in vars(query).items() if value and name != "level"]
-        count = None if found is None else len(found)
+        count = None if found is None else len(found.matches)
         audited.queried(target, keys, count, str(getattr(flow_run, "id", "")), audited.requester(flow_run))
     return found
 
 
-def matches(answers: Iterator[Match]) -> list[Match]:
-    """Return all that a source finds.
+def found_at(target: Target, query: Query) -> SearchResult:
+    """Return all that a target finds; blocks.
 
     Raises:
-        Unread: part of the source can't be read, and nothing is found elsewhere.
+        DispatchError: as its `find`, in words that may be shown.
     """
-    found: list[Match] = []
+    find = DRIVERS.of(target).find
+    assert find is not None  # noqa: S101 - `check_source` has seen it
+    matches: list[Match] = []
     try:
-        found.extend(answers)  # keeps what came before an error
-    except Unread:
-        if not found:
+        with Quiet(target).errors():
+            matches.extend(find(target, query))  # keeps what came before an error
+    except Unread as exc:
+        if not matches:
             raise
-    return found
+        return SearchResult(matches, exc.message)
+    return SearchResult(matches)
 
 
 def _row(match: Match) -> dict[str, Any]:

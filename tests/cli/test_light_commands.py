@@ -40,6 +40,7 @@ LINE = {"id": RUN, "state": "Completed", "kind": "dispatch", "source": "", "disp
 PART = {"items": 1, "done": 1, "bytes": 7, "moved": 7, "percent": 100.0, "rate": 7.0, "seconds_left": 0.0,
         "words": "1 of 1 items to pacs", "failures": ["attempt 1 of 3 failed: gone"]}  # fmt: skip
 TARGET = {"name": "pacs", "type": "dicom", "direction": "store", "enabled": True, "broken": None, "last_check": None}
+FOUND = {"matches": [{"StudyInstanceUID": "1.2", "instances": 1}]}
 SEND = {
     ("POST", "/dispatches"): [(201, {**DONE, "state": "waiting", "run": LINE})],
     ("GET", f"/jobs/{RUN}/events"): [
@@ -84,6 +85,12 @@ def words(ran: subprocess.CompletedProcess[str]) -> list[str]:
         (["jobs", "list"], {("GET", "/jobs"): [(200, {"jobs": [LINE]})]}, 0),
         (["jobs", "show", "3f2a"], {("GET", "/jobs/3f2a"): [(200, {**DONE, "run": LINE, "progress": {}})]}, 0),
         (["query", "pacs", "--accession", "A"], {("POST", "/matches"): [(200, {"matches": []})]}, 1),
+        (["query", "pacs", "--accession", "A"], {("POST", "/matches"): [(200, {**FOUND, "unread": None})]}, 0),
+        (
+            ["query", "pacs", "--accession", "A"],
+            {("POST", "/matches"): [(200, {**FOUND, "unread": "one can't be"})]},
+            1,
+        ),
         (
             ["retrieve", "pacs", "--accession-file", "list.csv", "--to", "x", "--no-wait", "--json"],
             {("POST", "/retrievals"): [(201, {"flow_run_id": RUN, "run": LINE})]},

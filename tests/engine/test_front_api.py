@@ -479,7 +479,7 @@ def test_every_route_answers_as_it_is_described(up: Talaria, api: httpx.Client, 
     query = api.post("/queries", json={"source": "net", "accession": "A1"}).json()["flow_run_id"]
     into = {"source": "net", "numbers": ["A1"], "into": str(tmp_path / "into")}
     retrieval = api.post("/retrievals", json=into).json()["flow_run_id"]
-    assert api.post("/matches", json={"source": "net", "accession": "A1"}).json() == {"matches": []}
+    assert api.post("/matches", json={"source": "net", "accession": "A1"}).json() == {"matches": [], "unread": None}
     for kind, run in (("queries", query), ("retrievals", retrieval), ("dispatches", waits)):
         followed(api, f"/{kind}/{run}/events")
     for kind, run in (

@@ -32,7 +32,7 @@ def test_what_is_picked_on_each_of_many_pages_is_fetched(tmp_path: Path, monkeyp
     asked: list[dict[str, Any]] = []
 
     async def find(*_: Any, **__: Any) -> dict[str, Any]:
-        return {"matches": [match(number) for number in range(8)]}
+        return {"matches": [match(number) for number in range(8)], "unread": "a folder can't be read"}
 
     async def create(_: Any, source: str, **keys: Any) -> dict[str, Any]:
         asked.append(keys)
@@ -47,9 +47,11 @@ def test_what_is_picked_on_each_of_many_pages_is_fetched(tmp_path: Path, monkeyp
     monkeypatch.setattr(querying.Site, "rows", none)
 
     async def case(client: httpx.AsyncClient) -> None:
-        form = {"source": "src", "accessions": "A1 A7", "do": "search"}
+        form = {"source": "src", "accessions": "A1 A7 A9", "do": "search"}
         leads = (await client.post("/talaria/query", data=form)).headers["location"]
         page = await found(client, leads)
+        assert "src could not be searched in full: a folder can't be read" in words(page)
+        assert "Not found so far: A9" in words(page)
         assert "Found: 8. 1 to 3 are shown" in words(page) and ticks(page) == [1]
         assert "Picked on other pages: 1" in words(page)  # A7, which was asked for by its number
 

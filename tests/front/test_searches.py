@@ -18,6 +18,7 @@ from talaria.front.access import Role
 from talaria.front.api.errors import answer_to
 from talaria.front.pages import querying, searches
 from talaria.service import Office, retrievals, searching
+from tasks.retrieve import search
 from tests.front.house import House, run
 from tests.front.people import found, happens, words
 from transfer import stopping
@@ -45,7 +46,7 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     monkeypatch.setattr(retrievals, "load", load)
     monkeypatch.setattr(retrievals, "check_source", lambda _: None)
-    monkeypatch.setattr(retrievals, "DRIVERS", SimpleNamespace(of=lambda _: SimpleNamespace(find=find)))
+    monkeypatch.setattr(search, "DRIVERS", SimpleNamespace(of=lambda _: SimpleNamespace(find=find)))
     monkeypatch.setattr(retrievals.audited, "queried", lambda *_: None)
     monkeypatch.setattr(retrievals, "SEARCHES", searching.Searching(most=4, most_of_one=3))
     yield peer
@@ -84,7 +85,7 @@ def test_searches_at_a_silent_peer_keep_nobody_else_waiting(
         monkeypatch.setattr(searching, "PATIENCE_S", 60.0)
         searches.append(asyncio.create_task(retrievals.find_matches(anna, "pacs", study_uid="1.2")))
         asking.answers.set()
-        assert await asyncio.gather(*searches) == [{"matches": []}] * 5
+        assert await asyncio.gather(*searches) == [{"matches": [], "unread": None}] * 5
 
     asyncio.run(case())
 
@@ -123,7 +124,7 @@ def test_a_search_ends_when_nobody_looks_at_it_any_more(tmp_path: Path, monkeypa
             await asyncio.Event().wait()
         finally:
             ended.append(source)
-        return {"matches": []}
+        return {"matches": [], "unread": None}
 
     async def none(*_: Any) -> list[Any]:
         return []

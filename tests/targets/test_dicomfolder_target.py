@@ -6,6 +6,8 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +25,7 @@ from talaria.testing.harness import attempt
 from tasks import DRIVERS
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job
-from tasks.retrieve.search import matches as found_by
+from tasks.retrieve.search import found_at
 from tests.protocols.dicomfolder.mixture import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target
@@ -333,19 +335,64 @@ def test_full_disk_at_the_destination_is_Busy(tmp_path: Path) -> None:
     assert not list((tmp_path / "into").iterdir())
 
 
-def test_what_can_not_be_read_is_in_the_notes(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    paths = series(root, 3)
+@contextmanager
+def closed(*paths: str) -> Iterator[None]:
+    """Let nobody read some files and folders, whose paths are relative to the root."""
+    really = scan_module._list
 
-    def closed(folder: int, path: str, *args: Any) -> int:
-        if path.endswith(paths[0].name):
-            raise PermissionError(errno.EACCES, "Permission denied")
+    def listed(tree: Tree, path: bytes) -> Any:
+        if os.fsdecode(path) in paths:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return really(tree, path)
+
+    def opened(folder: int, path: str, *args: Any) -> int:
+        if path in paths:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return open_beneath(folder, path, *args)
 
-    with mock.patch("protocols.files.tree.open_beneath", closed):
+    with mock.patch.object(scan_module, "_list", listed), mock.patch("protocols.files.tree.open_beneath", opened):
+        yield
+
+
+def test_a_study_of_which_something_can_not_be_read_is_partial(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    series(root, 3)
+    with closed("0.dcm"):
         receipt = retrieve(target(root), tmp_path / "into")
-    assert receipt.counts[Kind.DELIVERED] == 2
-    assert any("can't be read" in note for note in receipt.notes)
+        (match,) = found_at(target(root), Query()).matches
+    assert (receipt.state, receipt.counts[Kind.DELIVERED], receipt.missing) == (State.PARTIAL, 2, 1)
+    words = "1 files or folders beside it can't be read by user"
+    assert any(words in note for note in receipt.notes) and words in match.note
+    assert retrieve(target(root), tmp_path / "into").state is State.DELIVERED
+
+
+@pytest.mark.parametrize(
+    ("shut", "partial_studies"),
+    [
+        ("a/ct/0.dcm", "a"),  # beside others of it
+        ("a/mr", "a"),  # a series of it, as far as anybody knows
+        ("a/mr/sr", "a"),
+        ("flat/0.dcm", "bc"),  # of one of both
+        ("flat/more", ""),
+        ("d", ""),  # a study of its own
+        ("lost+found", ""),
+    ],
+)
+def test_which_study_is_partial_shows_by_where_it_can_not_be_read(
+    tmp_path: Path, shut: str, partial_studies: str
+) -> None:
+    uids = {name: studies.uid() for name in "abcd"}
+    for name, path in (
+        ("a", "a/ct/0"), ("a", "a/ct/1"), ("a", "a/mr/0"), ("a", "a/mr/sr/0"),
+        ("b", "flat/0"), ("b", "flat/1"), ("c", "flat/2"), ("d", "d/0"),
+    ):  # fmt: skip
+        studies.dicom(tmp_path / f"{path}.dcm", study=uids[name])
+    (tmp_path / "flat/more").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    source = target(tmp_path)
+    with closed(shut):
+        notes = {match.StudyInstanceUID: match.note for match in found_at(source, Query()).matches}
+    assert {name for name, uid in uids.items() if notes.get(uid)} == set(partial_studies)
 
 
 def test_what_may_be_where_nothing_can_be_read_is_not_called_missing(tmp_path: Path) -> None:
@@ -369,10 +416,11 @@ def test_what_may_be_where_nothing_can_be_read_is_not_called_missing(tmp_path: P
         by_date = Fetcher(source, Query(StudyDate="19000101-"), Job(tmp_path / "other"), *[threading.Event()] * 2)
         by_date.search()
         assert "can't be read" in by_date.job.error and len(by_date.job.studies) == 1
-        assert len(found_by(driver.find(source, Query(StudyDate="19000101-")))) == 1  # type: ignore[misc]
+        found = found_at(source, Query(AccessionNumber=("SEEN", "UNSEEN")))
+        assert len(found.matches) == 1 and "can't be read" in found.unread and "it may be there" in found.unread
         with pytest.raises(Unread):
-            found_by(driver.find(source, Query(AccessionNumber=("UNSEEN",))))  # type: ignore[misc]
-        find(source, AccessionNumber=("SEEN",))
+            found_at(source, Query(AccessionNumber=("UNSEEN",)))
+        assert not found_at(source, Query(AccessionNumber=("SEEN",))).unread
     assert [one["AccessionNumber"] for one in find(source, AccessionNumber=("UNSEEN",))] == ["UNSEEN"]
 
 

@@ -385,6 +385,7 @@ class MatchesAnswer(ExactAnswer):
     """What a target has."""
 
     matches: list[MatchAnswer]
+    unread: str | None = Field(description="Why what was not found may be there all the same; null if it isn't.")
 
 
 class QueryResultAnswer(ExactAnswer):

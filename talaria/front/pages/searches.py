@@ -31,6 +31,7 @@ class Search:
         numbers: accession numbers that were asked for.
         matches: as the peer gave them, with `instances`.
         picked: which of them are to be fetched; at first those that are surely meant.
+        unread: why what was not found may be there all the same; "" if it isn't.
         problem: why it found nothing out.
         seen: when somebody looked at it last, by the loop's clock.
     """
@@ -42,6 +43,7 @@ class Search:
     matches: list[dict[str, Any]] = field(default_factory=list, repr=False)
     picked: set[int] = field(default_factory=set, repr=False)
     over: bool = False
+    unread: str = ""
     problem: str = ""
     seen: float = 0.0
     task: asyncio.Task[None] | None = None
@@ -121,7 +123,8 @@ class Searches:
                 if loop.time() - search.seen > UNSEEN_S:
                     search.problem = text("query.unseen")
                     return
-            search.matches = asking.result()["matches"]
+            found = asking.result()
+            search.matches, search.unread = found["matches"], found["unread"] or ""
             search.picked = search.sure()
         except Exception as exc:
             search.problem = answer_to(exc)[1]

@@ -109,6 +109,8 @@ WORK = {
     "matches.after": "Those after",
     "matches.elsewhere": "Picked on other pages: {count}",
     "matches.missing": "Not found: {numbers}",
+    "matches.unread": "{source} could not be searched in full: {why}",
+    "matches.unseen": "Not found so far: {numbers}",
     "matches.note": "{count} of them: {note}",
     "matches.doubtful": "Several studies have the number {numbers}: choose which to fetch.",
     "matches.pick": "Fetch {what}",
