@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from talaria.home import settings_files
 from transfer import roots
 from transfer.home import Home
+from transfer.live import FOLLOWED_HERE
 from transfer.validation import what_is_wrong
 from transfer.window import DispatchWindow
 
@@ -238,6 +239,7 @@ def client_environment(home: Home, url: str) -> dict[str, str]:
         "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
         "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
         "PREFECT_API_AUTH_STRING": worker_auth(home),
+        FOLLOWED_HERE: "1",
     }
 
 

@@ -19,7 +19,13 @@ PLAN, PROBES = "plan", "probes"  # kinds: what a dispatch is going to do; the st
 
 BY = "talaria.by"  # label of a run: who asked for it
 SHOW_PLAN = "talaria.show-plan"  # label of a run that is to show its plan
+FOLLOWED_HERE = "TALARIA_FOLLOWED_HERE"  # set where the front door that everybody comes in at is on this machine
 SAVED = "Talaria-Saved"  # header of the server's answers to workers: a mark that changes when a saved block does
+
+
+def is_followed_here() -> bool:
+    """Return True if whoever follows a run of this process does so on this machine."""
+    return bool(os.environ.get(FOLLOWED_HERE))
 
 
 def write(home: Home, run_id: str, kind: str, pieces: Iterable[bytes]) -> None:

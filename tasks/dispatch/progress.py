@@ -4,7 +4,7 @@ The process that runs a dispatch or a retrieval writes `TALARIA_HOME/progress/<f
 as long as something changes. A file is replaced as a whole (a reader sees one look, never a half), costs no call of an
 API, and stays for KEPT_S after the run has ended or come to rest, so that a reader sees the last look too. There is
 none for a run that has not begun, or that a worker of another machine runs: then the progress artifacts are all there
-is.
+is, once a minute. (Where everybody comes in on this machine, they are written when a run that took long rests or ends.)
 
     {"flow_run_id": "…", "time": 1764366000.25,     when this was, in seconds since the epoch
      "phase": "staging",                            then "sending" (of a retrieval "fetching"), at the end "ended"

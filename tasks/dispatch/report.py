@@ -26,11 +26,13 @@ from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery
 from tasks.dispatch.progress import Live, Part
 from transfer.home import Home
 from transfer.ledger import write_whole
+from transfer.live import is_followed_here
 from transfer.outcome import Kind
 from transfer.receipt import ItemResult, Receipt, State
 from transfer.receipt import pieces as pieces_of
 
-PROGRESS_S = 5.0  # before a target gets its progress artifact, and between two updates; each costs the server 35 ms
+PROGRESS_S = 5.0  # what takes no longer gets no progress artifact
+FAR_S = 60.0  # between two updates for those who follow on other machines; each costs the server 35 ms
 SHOWN_STUDIES = 1000  # lines of a flood's artifact
 SHOWN_ITEMS = 100  # lines of the artifact's list; the JSON file has all
 
@@ -41,7 +43,7 @@ Studies = Sequence[dict[str, Any]] | None
 async def progress_shown(
     deliveries: Sequence[Delivery], shown_live: Live, artifacts: dict[str, UUID] | None = None
 ) -> AsyncIterator[None]:
-    """Show how far deliveries have come while the block runs: live, and as an artifact for each that takes long.
+    """Show how far deliveries have come while the block runs: live, and of what takes long as an artifact for each.
 
     The artifact's description is the number of items with an outcome, then a line for each of the last failed attempts.
 
@@ -62,7 +64,7 @@ async def progress_shown(
 
     shown_live.parts = lambda: {delivery.target.name: part_of(delivery) for delivery in deliveries}
     shown_live.phase = "sending"
-    async with updated(update, first_after=PROGRESS_S):
+    async with updated(update, known=bool(artifacts)):
         yield
 
 
@@ -75,23 +77,26 @@ def part_of(delivery: Delivery) -> Part:
 
 
 @asynccontextmanager
-async def updated(update: Callable[[], Awaitable[None]], first_after: float = 0.0) -> AsyncIterator[None]:
-    """Update what people see while the block runs, and once more at its end.
+async def updated(update: Callable[[], Awaitable[None]], *, known: bool = False) -> AsyncIterator[None]:
+    """Update the artifact that shows how far a run is, at the end of the block if that comes late.
+
+    While the block runs, those who follow have what is shown live on this machine (`tasks.dispatch.progress`): our
+    pages, API and commands. Only where they may be on another one is the artifact updated meanwhile.
 
     Args:
-        first_after: seconds before the first update; a block that ends before has none.
+        known: whether there is an artifact, of an earlier part, which must not stay as that has left it.
     """
     begun = False
 
     async def keep() -> None:
         nonlocal begun
-        await asyncio.sleep(first_after)
+        await asyncio.sleep(PROGRESS_S)
         begun = True
-        while True:
+        while not is_followed_here():
             # A server that is away for a moment costs an update, not the run.
             with suppress(httpx.HTTPError, PrefectException):
                 await update()
-            await asyncio.sleep(PROGRESS_S)
+            await asyncio.sleep(FAR_S)
 
     keeper = asyncio.create_task(keep())
     try:
@@ -100,7 +105,7 @@ async def updated(update: Callable[[], Awaitable[None]], first_after: float = 0.
         keeper.cancel()
         with suppress(asyncio.CancelledError):
             await keeper
-        if begun or not first_after:
+        if begun or known:
             with suppress(httpx.HTTPError, PrefectException):
                 await update()
 

@@ -11,8 +11,9 @@ from uuid import uuid4
 
 import pytest
 
-from tasks.dispatch import progress
+from tasks.dispatch import progress, report
 from tasks.dispatch.progress import Live, Part, live, read
+from transfer import live as shown
 from transfer.home import Home
 
 RUN = str(uuid4())
@@ -79,6 +80,39 @@ def test_the_last_look_is_kept_for_those_who_follow_and_not_for_ever(tmp_path: P
     assert read(home, RUN)
     progress.clear(home, lambda run_id: False)
     assert read(home, RUN) is None
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_the_server_has_how_far_a_run_is_at_its_rest(here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each update costs it a call; meanwhile it has them only for those who may follow on another machine."""
+    monkeypatch.setenv(shown.FOLLOWED_HERE, "1" if here else "")
+    monkeypatch.setattr(report, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(report, "FAR_S", 0.0)
+    updates: list[bool] = []
+    enough = asyncio.Event()
+
+    async def update() -> None:
+        updates.append(True)
+        if len(updates) > 2:
+            enough.set()
+
+    async def run(*, known: bool) -> int:
+        """Return how many updates there were while it ran."""
+        async with report.updated(update, known=known):
+            for _ in range(20):
+                await asyncio.sleep(0)
+            if not here:
+                await asyncio.wait_for(enough.wait(), 60)
+            return len(updates)
+
+    meanwhile = asyncio.run(run(known=False))
+    assert meanwhile == 0 if here else meanwhile > 2
+    assert len(updates) > meanwhile
+    updates.clear()
+    monkeypatch.setattr(report, "PROGRESS_S", 3600.0)  # what is short has none, unless an earlier part had
+    here = True
+    assert asyncio.run(run(known=False)) == 0 == len(updates)
+    assert asyncio.run(run(known=True)) == 0 and len(updates) == 1
 
 
 @pytest.mark.parametrize("name", ["../ledger", "..", "/etc/passwd", "", "a" * 40])
