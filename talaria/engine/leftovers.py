@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from protocols.dicomfolder.indexes import clear_indexes
-from transfer import deadletters, uploads
+from transfer import deadletters, nearby, uploads
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
@@ -54,9 +57,7 @@ def forget(home: Home, age: float, open_runs: Collection[str], failed_age: float
         uploads.tidy(home, before, kept)
         receipts = _forget_receipts(home, before, kept)
         kept |= {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
-        for state in (home.root / "retrievals").glob("*/job.json"):
-            if state.stat().st_mtime < before and state.parent.name not in kept:
-                discard(state.parent)
+        _forget_retrievals(home, before, kept)
         return Forgotten(rows, receipts, clear_staging(home, ledger), clear_indexes(home.root, before))
 
 
@@ -68,3 +69,11 @@ def _forget_receipts(home: Home, before: float, kept: Collection[str]) -> int:
             path.with_suffix(".csv").unlink(missing_ok=True)
             count += 1
     return count
+
+
+def _forget_retrievals(home: Home, before: float, kept: Collection[str]) -> None:
+    for state in (home.root / "retrievals").glob("*/job.json"):
+        if state.stat().st_mtime < before and state.parent.name not in kept:
+            with suppress(OSError, ValueError, KeyError, TypeError):  # it has none, or is of an earlier Talaria
+                nearby.discard_spool(Path(json.loads(state.read_bytes())["spool"]), state.parent.name)
+            discard(state.parent)

@@ -71,6 +71,7 @@ class Job:
         searched: whether a search by other keys has been made.
         ended: whether it has ended; a run after that is a retry.
         since: since when it waits for slots of its source, in seconds since the epoch; 0 if it doesn't.
+        spool: folder outside the state directory that holds what was fetched; "" for none.
         next_study: seconds since the epoch before which no study is fetched, for the limit of studies per hour.
     """
 
@@ -84,6 +85,7 @@ class Job:
     ended: bool = False
     since: float = 0.0
     next_study: float = 0.0
+    spool: str = ""
     studies: dict[str, Study] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,6 +115,7 @@ class Job:
                 "ended": self.ended,
                 "since": self.since,
                 "next_study": self.next_study,
+                "spool": self.spool,
                 "studies": {uid: asdict(one) for uid, one in self.studies.items()},
             }
             write_json(self.folder / "job.json", document)

@@ -37,27 +37,6 @@ def check_into(into: Path) -> None:
         raise Misconfigured(f"{into}: there is no folder {into.parent} to make it in")
 
 
-def spool_in(into: Path, name: str) -> Path | None:
-    """Return the folder below the destination that studies are fetched into; None where others could swap it.
-
-    It lies on the destination's file system, so that nothing need be copied.
-    """
-    near = into if into.is_dir() else into.parent
-    try:
-        info = near.stat()
-    except OSError:
-        return None
-    others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX
-    if others or info.st_uid not in (os.geteuid(), 0):
-        return None
-    spool = into / name
-    try:
-        there = spool.lstat()
-    except OSError:
-        return spool
-    return spool if stat.S_ISDIR(there.st_mode) and there.st_uid == os.geteuid() else None
-
-
 def move_into(folder: Path, into: Path, name: str) -> int:
     """Move the instances of a folder to their final places; return how many. What is there already is replaced.
 

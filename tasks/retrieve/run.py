@@ -37,7 +37,7 @@ from tasks.dispatch.slots import NoSlot
 from tasks.retrieve.dispatches import end_waiting
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.moving import check_into, is_moved, move_into, spool_in
+from tasks.retrieve.moving import check_into, is_moved, move_into
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, sentence, state_of
 from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
@@ -47,6 +47,7 @@ from transfer.errors import DiskFull, DispatchError
 from transfer.home import Home
 from transfer.layout import sanitised
 from transfer.ledger import Ledger
+from transfer.nearby import name_of, spool_in
 
 R = TypeVar("R")
 Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
@@ -72,7 +73,8 @@ class Retrieval:
         self.job.again()
         self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
         self._waits: dict[str, Wait] = {}  # for what it waits itself; its studies may wait for more
-        inside = spool_in(Path(wish.into), f".talaria-{flow_run_id[-12:]}") if wish.into else None
+        inside = spool_in(Path(wish.into), name_of(flow_run_id)) if wish.into else None
+        self.job.spool = str(inside or self.job.spool)
         self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)

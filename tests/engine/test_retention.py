@@ -20,6 +20,7 @@ import pytest
 
 from talaria.engine import freed, retention
 from talaria.testing import studies
+from tasks.retrieve.job import Job
 from tests.engine.material import folder, later, source, study
 from tests.servers.qr import archive
 from tests.servers.up import Talaria
@@ -90,6 +91,26 @@ def test_what_is_old_goes_unless_it_goes_on(home: Home, plan: Plan, monkeypatch:
     asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, ()))
     with Ledger(home.ledger) as ledger:
         assert left(home) == {"young"} and ledger.rests.runs() == set()
+
+
+def test_what_a_retrieval_left_in_a_folder_of_the_user_s_goes_with_its_state(home: Home, tmp_path: Path) -> None:
+    """And nothing else does: not what others may have put there, or what has another name."""
+    into, others = tmp_path / "into", tmp_path / "others"
+    others.mkdir(mode=0o777)
+    others.chmod(0o777)
+    spools = {
+        "old": into / ".talaria-old", "open": into / ".talaria-open", "linked": into / ".talaria-linked",
+        "odd": into / "odd", "writable": others / ".talaria-writable",
+    }  # fmt: skip
+    for run_id, spool in spools.items():
+        studies.ct(into / "linked.to" if run_id == "linked" else spool / "spool" / "1.2.3", 1)
+        job = Job(home.root / "retrievals" / run_id, spool=str(spool))
+        job.save()
+        os.utime(job.folder / "job.json", (time.time() - 3 * DAY_S,) * 2)
+    spools["linked"].symlink_to(into / "linked.to")
+    asyncio.run(retention.tidy(home, DAY_S, 1 << 30, {"open"}))
+    assert {run_id for run_id, spool in spools.items() if not list(spool.rglob("*.dcm"))} == {"old"}
+    assert not spools["old"].exists() and [path.name for path in (home.root / "retrievals").iterdir()] == ["open"]
 
 
 def test_what_several_hosts_share_stays_as_long_as_files_that_another_one_may_keep(

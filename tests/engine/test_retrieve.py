@@ -259,6 +259,8 @@ def test_a_pause_ends_after_the_running_series_and_resume_goes_on_there(up: Tala
         up.until(lambda: up.run(run_id)["state_name"] == "Paused", 120)
         assert len(peer.asked(GET)) == 1 and not (tmp_path / "into" / "D1").exists()
         assert up.told("jobs", "show", run_id)["state"] == "paused"
+        job = json.loads((up.home / "retrievals" / run_id / "job.json").read_text())
+        assert len(placed(Path(job["spool"]))["spool"]) == 2  # is known where, should nobody resume it
         result = up.told("jobs", "resume", run_id)
         assert result["state"] == "delivered" and len(peer.asked(GET)) == 3
         assert len(placed(tmp_path / "into")["D1"]) == 6

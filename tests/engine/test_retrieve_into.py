@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from talaria.testing import studies
-from tasks.retrieve.moving import check_into, move_into, spool_in
+from tasks.retrieve.moving import check_into, move_into
 from transfer.errors import Denied, Misconfigured
+from transfer.nearby import spool_in
 
 
 @pytest.fixture
