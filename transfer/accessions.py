@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from transfer.errors import Misconfigured
@@ -20,6 +20,7 @@ TITLES = frozenset((
 ))  # fmt: skip
 BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060\uff0c\uff1b\u3001]+")
 UNSEEN = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")  # directions of writing: no part of a number
+_EDGES = re.compile(r"^[\s\u200b\ufeff\u2060]+|[\s\u200b\ufeff\u2060]+$")  # what surrounds a cell, seen or not
 _BLANK_LINES = re.compile(r"\A(?:[ \t,;]*\r?\n)+")
 MOST_ABOVE = 20  # lines above a table, as a report's title
 _AS_TEXT = re.compile(r'(?<![^\s,;"])="([^"\n\r]*)"')  # how spreadsheets write a text that looks like a number: ="0012"
@@ -44,7 +45,7 @@ def accessions(text: str) -> tuple[str, ...]:
 
     Raises:
         Misconfigured: a value is not an accession number (too long, or with control characters or a backslash), or no
-            longer one (1.23E+11).
+            longer one (1.23E+11); or the text is a table that doesn't say which column is meant.
     """
     text = _BLANK_LINES.sub("", _SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff"))))
     if "|" in text and _RULE.search(text):  # as wikis and databases print tables
@@ -57,7 +58,7 @@ def accessions(text: str) -> tuple[str, ...]:
         text = _COUNTED.sub("", text)
     column = _column(text)
     _check_shortened("\n".join(column) if column else text)
-    found = dict.fromkeys(_checked(value) for value in column or _values(text))
+    found = dict.fromkeys(_checked(column or _values(text)))
     first = next(iter(found), "")
     if _is_title(first) and not re.search(r"\d", first) and len(found) > 1:
         del found[first]
@@ -72,7 +73,7 @@ def of_cells(cells: Iterable[str]) -> tuple[str, ...]:
     """
     values = [_cell(UNSEEN.sub("", cell)) for cell in cells]
     _check_shortened("\n".join(values))
-    return tuple(dict.fromkeys(_checked(value) for value in values if value))
+    return tuple(dict.fromkeys(_checked(value for value in values if value)))
 
 
 def pasted(numbers: Iterable[str]) -> str:
@@ -88,10 +89,19 @@ def _check_shortened(text: str) -> None:
         )
 
 
-def _checked(value: str) -> str:
-    if len(value) > MOST_CHARS or "\\" in value or not value.isprintable():
-        raise Misconfigured(f"an accession number must have at most {MOST_CHARS} printable characters, no backslash")
-    return value
+def _checked(values: Iterable[str]) -> Iterator[str]:
+    """Yield values after a look at each.
+
+    Raises:
+        Misconfigured: one is no accession number; the message says which, and doesn't quote it.
+    """
+    for number, value in enumerate(values, 1):
+        if len(value) > MOST_CHARS or "\\" in value or not value.isprintable():
+            raise Misconfigured(
+                f"value {number} of the list is no accession number: those have at most {MOST_CHARS} printable "
+                "characters, and no backslash"
+            )
+        yield value
 
 
 def _column(text: str) -> list[str]:
@@ -111,13 +121,34 @@ def _column(text: str) -> list[str]:
             raise Misconfigured(f"the list is not valid CSV: {exc}") from exc
         rows = [[_cell(cell) for cell in row] for row in rows if any(cell.strip() for cell in row)]
         if len(rows) < 2:
+            if sign == "\t" and not any(map(_is_title, rows[0] if rows else ())):
+                _check_columns(rows)
             continue
         titled = _titled_column(rows)
         if titled:
             return _titled_values(rows, *titled)
-        if sign in first and sign != "|" and _is_table(rows):
-            return [row[0] for row in rows[1:] if row[0]]
+        if sign in first and sign != "|":
+            if _is_table(rows):
+                return [row[0] for row in rows[1:] if row[0]]
+            _check_columns(rows)
     return []
+
+
+def _check_columns(rows: list[list[str]]) -> None:
+    """Refuse rows of which one column has numbers, and another one none: it may hold the names of patients.
+
+    Raises:
+        Misconfigured: nothing says which column is meant.
+    """
+    if len({len(row) for row in rows}) > 1:
+        return
+    columns = [[cell for cell in column if cell] for column in zip(*rows, strict=True)]
+    digits = [[re.search(r"\d", cell) is not None for cell in column] for column in columns if column]
+    if any(map(all, digits)) and not all(map(any, digits)):
+        raise Misconfigured(
+            "the list has several columns, and one of them holds no numbers: give the column of accession numbers "
+            "alone, or a title above it (Accession Number)"
+        )
 
 
 def _titled_values(rows: list[list[str]], top: int, at: int) -> list[str]:
@@ -159,7 +190,7 @@ def _titled_column(rows: list[list[str]]) -> tuple[int, int] | None:
 
 def _cell(text: str) -> str:
     """Return a cell without blanks and quotes; spreadsheets write ="0012" for a text that looks like a number."""
-    return text.strip().removeprefix("=").strip(QUOTES).strip()
+    return _EDGES.sub("", _EDGES.sub("", text).removeprefix("=").strip(QUOTES))
 
 
 def _is_title(text: str) -> bool:

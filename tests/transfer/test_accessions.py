@@ -81,6 +81,8 @@ from transfer.errors import Misconfigured
         ("Accession;T1\nA1;3\nA2;4", ("A1", "A2")),
         ("Accession;Column1\r\nA1;\r\nA2;\r\n", ("A1", "A2")),
         ("Accession;Phase 1\nA1\nA2", ("A1", "A2")),
+        # What a web page puts at the end of a cell.
+        ("Name\tAccession\nx\tA1\u200b\ny\t\u2060A2 \ufeff\n", ("A1", "A2")),
         # No tables: lists in several lines.
         ("A1,A2\nA3,A4", ("A1", "A2", "A3", "A4")),
         ("X,Y\nZ,W", ("X", "Y", "Z", "W")),
@@ -104,6 +106,26 @@ def test_what_is_no_number_is_refused(text: str) -> None:
 def test_what_a_spreadsheet_has_shortened_is_refused_and_not_looked_for(text: str) -> None:
     with pytest.raises(Misconfigured, match=r"E\+\d\d is what a spreadsheet has left .* format that column as text"):
         accessions(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A1\tDoe, John\nA2\tRoe, Jane",
+        "A1\tDoe\n",
+        'A1;"Doe, John"\nA2;\nA3;Roe',
+        "1980-01-01,Doe,A1\n1981-01-01,Roe,A2",
+    ],
+)
+def test_names_beside_numbers_are_not_taken_for_numbers(text: str) -> None:
+    with pytest.raises(Misconfigured, match="give the column of accession numbers alone, or a title"):
+        accessions(text)
+
+
+def test_which_value_is_no_number_is_said_without_it() -> None:
+    with pytest.raises(Misconfigured, match="value 2 of the list") as refused:
+        accessions("A1\nsecret\\\nA3")
+    assert "secret" not in str(refused.value)
 
 
 def test_two_thousand_in_one_list() -> None:
