@@ -1,7 +1,7 @@
 """The deployments of sources: `batch/<source>`, whose runs are sweeps, with the schedule that the source gives.
 
-What people change of a deployment in Prefect's UI stays: it is made once, and its schedules are replaced only when the
-source itself gets another schedule.
+What people change of a deployment in Prefect's UI stays: it is made once, and its schedule is changed only when the
+source itself gets another one. Schedules that people add are theirs, and ours has a slug.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tasks.paging import every
 from tasks.sources.saved import KEPT
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
+SLUG = "talaria"  # of the schedule that a source gives, among those of its deployment
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
@@ -75,12 +76,27 @@ async def deploy(client: PrefectClient, source: Source, before: Source | None = 
         del ours["work_queue_name"]  # a host that just starts is not the one that it was applied on
     await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
     if before is not None and any(getattr(source, name) != getattr(before, name) for name in WHEN):
-        for one in await client.read_deployment_schedules(there.id):
-            await client.delete_deployment_schedule(there.id, one.id)
-        if new := _schedules(source):
-            await client.create_deployment_schedules(there.id, [(one.schedule, bool(one.active)) for one in new])
+        await _reschedule(client, there.id, source, before)
     if before is not None and source.enabled != before.enabled:
         await pause(client, source)
+
+
+async def _reschedule(client: PrefectClient, deployment_id: UUID, source: Source, before: Source) -> None:
+    """Change the schedule that the source gives, and no other; whether people have paused it is theirs."""
+    made = [one.schedule for one in _schedules(before)]
+    ours = [
+        one
+        for one in await client.read_deployment_schedules(deployment_id)
+        if one.slug == SLUG or (not one.slug and one.schedule in made)  # of an earlier Talaria
+    ]
+    new = _schedules(source)
+    for one in ours[len(new) :]:
+        await client.delete_deployment_schedule(deployment_id, one.id)
+    for one, to in zip(ours, new, strict=False):
+        slug = None if one.slug else SLUG
+        await client.update_deployment_schedule(deployment_id, one.id, schedule=to.schedule, slug=slug)
+    if len(ours) < len(new):
+        await client.create_deployment_schedules(deployment_id, new)
 
 
 async def pause(client: PrefectClient, source: Source) -> None:
@@ -167,7 +183,7 @@ def _schedules(source: Source) -> list[DeploymentScheduleCreate]:
         made = IntervalSchedule.model_validate({"interval": source.interval_s, "timezone": source.timezone})
     else:
         return []
-    return [DeploymentScheduleCreate(schedule=made, active=True)]
+    return [DeploymentScheduleCreate(schedule=made, active=True, slug=SLUG)]
 
 
 def _words(schedule: Any) -> str:

@@ -171,9 +171,15 @@ def test_a_schedule_is_prefects_and_what_people_change_of_it_stays(inboxes: Inbo
     inboxes.up.api("PATCH", f"/deployments/{there['id']}/schedules/{schedule['id']}", **changed)
     inboxes.apply(night=night | {"cron": "0 2 * * *", "description": "another word"})
     assert inboxes.up.told("source", "show", "night")["schedule"] == ["cron 30 4 * * * Europe/Berlin"]
+    of_people: Any = [{"schedule": {"cron": f"{minute} 5 * * *"}} for minute in (0, 1)]
+    inboxes.up.as_worker("POST", f"/deployments/{there['id']}/schedules", of_people)
+    added = {"cron 0 5 * * * UTC", "cron 1 5 * * * UTC"}
     inboxes.apply(night=night | {"rrule": "FREQ=WEEKLY;BYDAY=SA"})
-    assert inboxes.up.told("source", "show", "night")["schedule"] == ["FREQ=WEEKLY;BYDAY=SA Europe/Berlin"]
+    assert {*inboxes.up.told("source", "show", "night")["schedule"]} == added | {"FREQ=WEEKLY;BYDAY=SA Europe/Berlin"}
+    inboxes.apply(night=night | {"watch": True})
+    assert {*inboxes.up.told("source", "show", "night")["schedule"]} == added
     inboxes.apply(night=night | {"interval_s": 10})
+    assert {*inboxes.up.told("source", "show", "night")["schedule"]} == added | {"every 10 s"}
     material.ct(box / "s", 1)
     os.utime(box / "s", (1, 1))
     assert inboxes.up.told("source", "pause", "night")["action"] == "paused"
