@@ -27,11 +27,7 @@ from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 
 from imaging.header import IMPLICIT_LITTLE, UID
-from protocols.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST_COMMITMENT
-from protocols.dimse.contexts import UNCOMPRESSED
-from protocols.dimse.direct import associate
-from protocols.dimse.message import NO_DATASET
-from protocols.dimse.stream import (
+from protocols.dimse.command import (
     AFFECTED_CLASS,
     AFFECTED_INSTANCE,
     DATASET_TYPE,
@@ -41,8 +37,12 @@ from protocols.dimse.stream import (
     STATUS,
     CommandSet,
     encoded,
-    pdus,
 )
+from protocols.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST_COMMITMENT
+from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.direct import associate
+from protocols.dimse.message import NO_DATASET
+from protocols.dimse.stream import pdus
 from protocols.dimse.transport import Peer
 from protocols.net import tls
 from transfer.errors import Cancelled, DispatchError

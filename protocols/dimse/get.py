@@ -11,26 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from protocols.dimse import identifier
-from protocols.dimse.contexts import UNCOMPRESSED, Pair
-from protocols.dimse.direct import DirectAssociation, associate
-from protocols.dimse.message import C_STORE_RQ
-from protocols.dimse.query import CANCELLED, MEDIUM, PENDING, PRIVATE, Conversation
-from protocols.dimse.receive import Depot, Responder, receive
-from protocols.dimse.stream import (
+from protocols.dimse.command import (
     AFFECTED_CLASS,
     COMMENT,
     COMPLETED,
     DESTINATION,
     FAILED,
     FIELD,
-    MAX_LIST,
     PRIORITY,
     REMAINING,
     STATUS,
     WARNING,
     CommandSet,
-    Released,
 )
+from protocols.dimse.contexts import UNCOMPRESSED, Pair
+from protocols.dimse.direct import DirectAssociation, associate
+from protocols.dimse.message import C_STORE_RQ
+from protocols.dimse.query import CANCELLED, MEDIUM, PENDING, PRIVATE, Conversation
+from protocols.dimse.receive import Depot, Responder, receive
+from protocols.dimse.stream import MAX_LIST, Released
 from protocols.dimse.transport import Peer
 from protocols.net.hiding import forms
 from protocols.net.words import clean

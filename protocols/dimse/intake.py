@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 
 from protocols.dimse import scp
+from protocols.dimse.command import CommandSet
 from protocols.dimse.committing import PUSH_MODEL, Commitments, Reports, ReportTo
 from protocols.dimse.keeping import News, Receiving, SpoolVisit, Terms, Versions
 from protocols.dimse.scp import Refusal
 from protocols.dimse.served import Caller, ServedAssociation
-from protocols.dimse.stream import CommandSet
 from protocols.files import partial
 from transfer.plan import Origin
 from transfer.spool import ReceivedUnit, Spool, sync

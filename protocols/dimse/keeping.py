@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imaging.header import Header
+from protocols.dimse.command import CommandSet
 from protocols.dimse.receive import OUT_OF_RESOURCES, SUCCESS, Depot
 from protocols.dimse.served import Caller, ServedAssociation
-from protocols.dimse.stream import CommandSet
 from protocols.files import durable
 from transfer.content import same_content
 from transfer.errors import Busy

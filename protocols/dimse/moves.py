@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from protocols.dimse.command import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 from protocols.dimse.ports import shared
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
 from protocols.dimse.scp import CALLING_UNKNOWN, Refusal, StorageScp
 from protocols.dimse.served import Caller, ServedAssociation
-from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 from protocols.dimse.transport import Peer
 
 MOST_NAMED = 5  # addresses that a message names

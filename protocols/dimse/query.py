@@ -12,10 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from protocols.dimse import identifier
-from protocols.dimse.contexts import UNCOMPRESSED
-from protocols.dimse.direct import DirectAssociation, associate
-from protocols.dimse.message import RELEASE_RP_PDU
-from protocols.dimse.stream import (
+from protocols.dimse.command import (
     AFFECTED_CLASS,
     COMMENT,
     DATASET_TYPE,
@@ -25,10 +22,12 @@ from protocols.dimse.stream import (
     RESPONDED_TO,
     STATUS,
     CommandSet,
-    Released,
     encoded,
-    pdus,
 )
+from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.direct import DirectAssociation, associate
+from protocols.dimse.message import RELEASE_RP_PDU
+from protocols.dimse.stream import Released, pdus
 from protocols.dimse.transport import Peer
 from protocols.net.hiding import forms
 from protocols.net.words import clean

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from imaging.glance import HEAD_BYTES, Glance
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
-from protocols.dimse.message import C_STORE_RSP, HEADERS, IMPLEMENTATION_UID, IMPLEMENTATION_VERSION, NO_DATASET
-from protocols.dimse.stream import (
+from protocols.dimse.command import (
     AFFECTED_CLASS,
     AFFECTED_INSTANCE,
     DATASET_TYPE,
@@ -26,9 +25,9 @@ from protocols.dimse.stream import (
     RESPONDED_TO,
     STATUS,
     CommandSet,
-    Stream,
-    pdus,
 )
+from protocols.dimse.message import C_STORE_RSP, HEADERS, IMPLEMENTATION_UID, IMPLEMENTATION_VERSION, NO_DATASET
+from protocols.dimse.stream import Stream, pdus
 from protocols.files import filesystem as fs
 from protocols.files import partial
 from protocols.files.durable import DurableFile, VolatileFile, way_of

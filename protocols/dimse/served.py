@@ -11,6 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocols.dimse.command import (
+    AFFECTED_CLASS,
+    DATASET_TYPE,
+    FIELD,
+    MESSAGE_ID,
+    RESPONDED_TO,
+    STATUS,
+    CommandSet,
+    encoded,
+)
 from protocols.dimse.message import (
     ABORT_PDU,
     C_ECHO_RQ,
@@ -21,20 +31,7 @@ from protocols.dimse.message import (
     VERIFICATION,
 )
 from protocols.dimse.receive import OUT_OF_RESOURCES, Depot, Responder, receive
-from protocols.dimse.stream import (
-    AFFECTED_CLASS,
-    BUFFER,
-    DATASET_TYPE,
-    FIELD,
-    MESSAGE_ID,
-    RESPONDED_TO,
-    STATUS,
-    CommandSet,
-    Released,
-    Stream,
-    encoded,
-    pdus,
-)
+from protocols.dimse.stream import BUFFER, Released, Stream, pdus
 from transfer.errors import Busy, DispatchError, Interrupted
 
 RESPONSE, C_CANCEL_RQ, UNRECOGNIZED = 0x8000, 0x0FFF, 0x0211  # PS3.7 Annexes C and E

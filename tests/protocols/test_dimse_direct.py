@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.dimse import stream
+from protocols.dimse.command import AFFECTED_CLASS, AFFECTED_INSTANCE, MESSAGE_ID, Commands, decoded, encoded
 from protocols.dimse.direct import associate
 from protocols.dimse.message import VERIFICATION
 from protocols.dimse.receive import Responder, response
-from protocols.dimse.stream import AFFECTED_CLASS, AFFECTED_INSTANCE, MESSAGE_ID, Commands, Stream, decoded, encoded
+from protocols.dimse.stream import Stream
 from protocols.dimse.transport import Peer
 from talaria.testing.process import free_port
 from tests.servers.scp import scp

@@ -11,19 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.dimse.message import C_STORE_RQ, COMMAND, LAST, P_DATA_TF, RELEASE_RQ_PDU
-from protocols.dimse.stream import (
+from protocols.dimse.command import (
     AFFECTED_CLASS,
     AFFECTED_INSTANCE,
     DATASET_TYPE,
     FIELD,
     MESSAGE_ID,
-    MOST_LATE,
     PRIORITY,
-    Released,
-    Stream,
     encoded,
 )
+from protocols.dimse.message import C_STORE_RQ, COMMAND, LAST, P_DATA_TF, RELEASE_RQ_PDU
+from protocols.dimse.stream import MOST_LATE, Released, Stream
 from protocols.net.connection import SLICE_S
 from transfer.errors import Cancelled, Interrupted
 

@@ -1,0 +1,139 @@
+"""Command sets: what stands before a data set in a message, always in implicit VR little endian.
+
+Source: PS3.7 section 6.3 and Annex E.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from functools import cached_property
+
+from imaging.header import UID
+from protocols.dimse.message import NO_DATASET
+
+AFFECTED_CLASS, FIELD, MESSAGE_ID, RESPONDED_TO = 0x0002, 0x0100, 0x0110, 0x0120
+DESTINATION, PRIORITY, DATASET_TYPE, STATUS = 0x0600, 0x0700, 0x0800, 0x0900
+COMMENT, AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID = 0x0902, 0x1000, 0x1030, 0x1031
+REMAINING, COMPLETED, FAILED, WARNING = 0x1020, 0x1021, 0x1022, 0x1023
+
+_ELEMENT = struct.Struct("<HHI")
+
+
+class CommandSet(dict[int, bytes]):
+    """A command set: values by element number of group 0000. What `Commands` reads is not to be changed.
+
+    Attributes:
+        context: of the presentation context that it came in.
+    """
+
+    context: int = 0
+
+    def following(self, message_id: bytes, instance: bytes) -> CommandSet:
+        """Return the command set that differs in message ID and SOP instance UID only."""
+        made = CommandSet(self)
+        made.__dict__.update(self.__dict__)  # what has been worked out doesn't depend on these two
+        made[MESSAGE_ID], made[AFFECTED_INSTANCE] = message_id, instance
+        return made
+
+    def number(self, element: int) -> int | None:
+        """Return the value of an element of VR US; None if it is absent or not one."""
+        value = self.get(element, b"")
+        return int.from_bytes(value, "little") if len(value) == 2 else None
+
+    def uid(self, element: int) -> str:
+        """Return the value of an element of VR UI, valid or not."""
+        return self.get(element, b"").rstrip(b"\0 ").decode("ascii", "replace")
+
+    def text(self, element: int) -> str:
+        """Return the value of an element as text without padding."""
+        raw = self.get(element, b"")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            text = raw.decode("latin-1")
+        return (text if text.isprintable() else "".join(c for c in text if c.isprintable())).strip()
+
+    @cached_property
+    def has_dataset(self) -> bool:
+        return self.number(DATASET_TYPE) not in (None, NO_DATASET)
+
+    @cached_property
+    def kind(self) -> int | None:
+        return self.number(FIELD)
+
+    @cached_property
+    def sop_class(self) -> str:
+        """The affected SOP class UID; "" if it is absent or not one."""
+        uid = self.uid(AFFECTED_CLASS)
+        return sys.intern(uid) if UID.fullmatch(uid) else ""
+
+
+def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet:
+    """Read a command set; leave out a truncated element."""
+    command = CommandSet()
+    command.context = context
+    pos, end = 0, len(raw)
+    while pos + 8 <= end:
+        group, element, length = _ELEMENT.unpack_from(raw, pos)
+        pos += 8
+        if group == 0 and pos + length <= end:
+            command[element] = bytes(raw[pos : pos + length])
+        pos += length
+    return command
+
+
+class Commands:
+    """Reads command sets, of which most are those of another: all answers to a query, all requests but their UIDs."""
+
+    def __init__(self) -> None:
+        self._raw = b""
+        self._command = CommandSet()
+        self._values = (0, 0, 0, 0)  # begin and end of message ID and instance UID, if they are in this order
+        self._same = (b"", b"", b"")  # what stands before, between and behind these
+
+    def read(self, raw: bytes, context: int) -> CommandSet:
+        """Return what `decoded` does; not to be changed."""
+        if raw == self._raw and context == self._command.context:
+            return self._command
+        begin, end, uid, uid_end = self._values
+        before, between, behind = self._same
+        alike = uid_end and len(raw) == len(self._raw) and raw.startswith(before) and raw.endswith(behind)
+        if alike and raw.startswith(between, end):
+            command = self._command.following(raw[begin:end], raw[uid:uid_end])
+            command.context = context
+            self._command, self._raw = command, raw
+            return command
+        self._command, self._raw = decoded(raw, context), raw
+        self._values = begin, end, uid, uid_end = self._found(raw)
+        self._same = raw[:begin], raw[end:uid], raw[uid_end:]
+        return self._command
+
+    def _found(self, raw: bytes) -> tuple[int, int, int, int]:
+        places: dict[int, tuple[int, int]] = {}
+        pos = 0
+        while pos + 8 <= len(raw):
+            group, element, length = _ELEMENT.unpack_from(raw, pos)
+            if group or element in places or pos + 8 + length > len(raw):
+                return 0, 0, 0, 0
+            places[element] = pos + 8, pos + 8 + length
+            pos += 8 + length
+        (begin, end), (uid, uid_end) = places.get(MESSAGE_ID, (0, 0)), places.get(AFFECTED_INSTANCE, (0, 0))
+        return (begin, end, uid, uid_end) if 0 < begin < uid else (0, 0, 0, 0)
+
+
+def encoded(elements: dict[int, int | str | bytes]) -> bytes:
+    """Return a command set with its group length: numbers as US, text as AE or UI."""
+    body = b"".join(_element(number, elements[number]) for number in sorted(elements))
+    return _ELEMENT.pack(0, 0, 4) + len(body).to_bytes(4, "little") + body
+
+
+def _element(number: int, value: int | str | bytes) -> bytes:
+    if isinstance(value, int):
+        raw = value.to_bytes(2, "little")
+    elif isinstance(value, str):
+        raw = value.encode("ascii", "replace")
+        raw += (b" " if number in (DESTINATION, ORIGINATOR) else b"\0") * (len(raw) % 2)
+    else:
+        raw = value + b" " * (len(value) % 2)
+    return _ELEMENT.pack(0, number, len(raw)) + raw
