@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 import sys
-from functools import cached_property
 
 from imaging.header import UID
 from protocols.dimse.message import NO_DATASET
@@ -25,15 +24,30 @@ class CommandSet(dict[int, bytes]):
 
     Attributes:
         context: of the presentation context that it came in.
+        kind: its command field; None if it is absent or not one.
+        sop_class: the affected SOP class UID; "" if it is absent or not one.
     """
 
-    context: int = 0
+    __slots__ = ("context", "has_dataset", "kind", "sop_class")
+    context: int
+    has_dataset: bool
+    kind: int | None
+    sop_class: str
 
-    def following(self, message_id: bytes, instance: bytes) -> CommandSet:
-        """Return the command set that differs in message ID and SOP instance UID only."""
+    def work_out(self, context: int) -> None:
+        """Set what is asked of every command set, once its values are there."""
+        self.context = context
+        self.has_dataset = self.number(DATASET_TYPE) not in (None, NO_DATASET)
+        self.kind = self.number(FIELD)
+        uid = self.uid(AFFECTED_CLASS)
+        self.sop_class = sys.intern(uid) if UID.fullmatch(uid) else ""
+
+    def following(self, message_id: bytes, instance: bytes, context: int) -> CommandSet:
+        """Return the command set that differs in message ID and SOP instance UID only, in a context."""
         made = CommandSet(self)
-        made.__dict__.update(self.__dict__)  # what has been worked out doesn't depend on these two
         made[MESSAGE_ID], made[AFFECTED_INSTANCE] = message_id, instance
+        made.context, made.has_dataset = context, self.has_dataset
+        made.kind, made.sop_class = self.kind, self.sop_class
         return made
 
     def number(self, element: int) -> int | None:
@@ -54,25 +68,10 @@ class CommandSet(dict[int, bytes]):
             text = raw.decode("latin-1")
         return (text if text.isprintable() else "".join(c for c in text if c.isprintable())).strip()
 
-    @cached_property
-    def has_dataset(self) -> bool:
-        return self.number(DATASET_TYPE) not in (None, NO_DATASET)
-
-    @cached_property
-    def kind(self) -> int | None:
-        return self.number(FIELD)
-
-    @cached_property
-    def sop_class(self) -> str:
-        """The affected SOP class UID; "" if it is absent or not one."""
-        uid = self.uid(AFFECTED_CLASS)
-        return sys.intern(uid) if UID.fullmatch(uid) else ""
-
 
 def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet:
     """Read a command set; leave out a truncated element."""
     command = CommandSet()
-    command.context = context
     pos, end = 0, len(raw)
     while pos + 8 <= end:
         group, element, length = _ELEMENT.unpack_from(raw, pos)
@@ -80,6 +79,7 @@ def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet
         if group == 0 and pos + length <= end:
             command[element] = bytes(raw[pos : pos + length])
         pos += length
+    command.work_out(context)
     return command
 
 
@@ -88,7 +88,7 @@ class Commands:
 
     def __init__(self) -> None:
         self._raw = b""
-        self._command = CommandSet()
+        self._command = decoded(b"")
         self._values = (0, 0, 0, 0)  # begin and end of message ID and instance UID, if they are in this order
         self._same = (b"", b"", b"")  # what stands before, between and behind these
 
@@ -100,10 +100,8 @@ class Commands:
         before, between, behind = self._same
         alike = uid_end and len(raw) == len(self._raw) and raw.startswith(before) and raw.endswith(behind)
         if alike and raw.startswith(between, end):
-            command = self._command.following(raw[begin:end], raw[uid:uid_end])
-            command.context = context
-            self._command, self._raw = command, raw
-            return command
+            self._command, self._raw = self._command.following(raw[begin:end], raw[uid:uid_end], context), raw
+            return self._command
         self._command, self._raw = decoded(raw, context), raw
         self._values = begin, end, uid, uid_end = self._found(raw)
         self._same = raw[:begin], raw[end:uid], raw[uid_end:]
