@@ -285,8 +285,11 @@ def receive(
 
 def _spool(stream: Stream, part: DurableFile, depot: Depot, meta: bytes) -> tuple[int, bytes]:
     """Write a data set while it arrives; return the size of the file, and the first bytes of the data set."""
-    pieces: list[bytes | memoryview] = [meta]
     waiting = len(meta)
+    whole = stream.whole()
+    if whole is not None:
+        return _write(part, [meta, whole], 0, waiting + len(whole), depot), bytes(whole[:HEAD_BYTES])
+    pieces: list[bytes | memoryview] = [meta]
     size = 0
     head = b""
     while True:

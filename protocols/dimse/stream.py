@@ -311,6 +311,21 @@ class Stream:
             if self.last:
                 return bytes(first)
 
+    def whole(self) -> memoryview | None:
+        """Return the data set that belongs to the command before it, if it is one fragment that has come; else None.
+
+        It is valid until the next `fill`. Whatever it is not, `piece` returns.
+        """
+        begin = self._begin
+        if self._end - begin <= HEADERS or self._pdu_left or self._pdv_left:
+            return None
+        kind, length, fragment, context, control = _MESSAGE.unpack_from(self._memory, begin)
+        after = begin + 6 + length
+        if kind != P_DATA_TF or control != LAST or not 6 < length == fragment + 4 or after > self._end:
+            return None
+        self._begin, self.context, self.is_command, self.last = after, context, False, True
+        return self._view[begin + HEADERS : after]
+
     def skip(self) -> None:
         """Read the data set that belongs to the command before it, and drop it."""
         while True:

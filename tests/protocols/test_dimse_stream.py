@@ -87,9 +87,10 @@ def reading(data: bytes, steps: list[int]) -> Stream:
     size=st.integers(1, 400),
     each=st.integers(1, 4),
     steps=st.lists(st.integers(1, 60), max_size=5),  # none: all at once
+    at_once=st.booleans(),
 )
 def test_any_cut_brings_the_same_messages(
-    messages: list[tuple[int, str, bytes]], size: int, each: int, steps: list[int]
+    messages: list[tuple[int, str, bytes]], size: int, each: int, steps: list[int], at_once: bool
 ) -> None:
     sent = b"".join(
         as_pdus([(request(number, uid), COMMAND), (data, 0)], 3, size, each) for number, uid, data in messages
@@ -100,9 +101,25 @@ def test_any_cut_brings_the_same_messages(
         assert (command.kind, command.context, command.has_dataset) == (C_STORE_RQ, 3, True)
         assert command.number(MESSAGE_ID) == number
         assert (command.uid(AFFECTED_INSTANCE), command.sop_class) == (uid, CT)
-        assert stream.dataset() == data
+        whole = stream.whole() if at_once else None
+        if whole is not None:
+            assert not stream.is_command and stream.last
+        assert (stream.dataset() if whole is None else bytes(whole)) == data
     with pytest.raises(Released):
         stream.command()
+
+
+def test_a_data_set_that_has_come_whole_is_one_part() -> None:
+    """One of several fragments is not, nor one that is still coming, nor another message."""
+    command, data = as_pdus([(request(1, "1.2.3"), COMMAND)], 3, 400, 1), as_pdus([(b"data", 0)], 3, 400, 1)
+    halves, together = (as_pdus([(b"data", 0)], 3, 2, each) for each in (1, 2))
+    for rest, found in ((data, b"data"), (halves, None), (together, None), (data[:-1], None), (command, None)):
+        stream = reading(command + rest, [len(command + rest)])
+        stream.command()
+        whole = stream.whole()
+        assert (None if whole is None else bytes(whole)) == found
+        assert whole is None or (stream.last, stream.is_command, stream.ahead) == (True, False, b"")
+        assert whole is not None or stream.ahead == rest
 
 
 @pytest.mark.parametrize("whole", [True, False])
