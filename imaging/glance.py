@@ -22,7 +22,7 @@ class Glance:
     """Remembers where the previous instance had its UIDs: within a series the places hardly differ."""
 
     def __init__(self) -> None:
-        self._pairs: dict[tuple[str, int, bool], bytes] = {}  # the class, and how an instance begins
+        self._pairs: dict[tuple[str, int, bool], tuple[bytes, int]] = {}  # class and begin of an instance, and where
         self._before: dict[str, tuple[bytes, int, int, str, str]] = {}  # by transfer syntax
         self._last: tuple[tuple[str, str, str, str, int], Shared] | None = None  # what was returned before, in parts
 
@@ -45,11 +45,13 @@ class Glance:
             return None
         study = series = ""
         end = -1
-        if syntax in self._before:
-            pair, at, end, study, series = self._before[syntax]
-            if head.find(pair, max(0, at - SHIFT), at + SHIFT + len(pair)) < 0:
+        before = self._before.get(syntax)
+        if before is not None:
+            pair, at, end, study, series = before
+            if not head.startswith(pair, at) and head.find(pair, max(0, at - SHIFT), at + SHIFT + len(pair)) < 0:
                 study = series = ""
-            end = head.find(_PIXELS, max(0, end - SHIFT), end + SHIFT + 4)
+            if not head.startswith(_PIXELS, end):
+                end = head.find(_PIXELS, max(0, end - SHIFT), end + SHIFT + 4)
         if end < 0:
             end = head.find(_PIXELS)
         start = end + (12 if explicit else 8)
@@ -65,7 +67,7 @@ class Glance:
                 self._before[syntax] = head[at:series_after], at, end, study, series
         beginning = min(end, BEGINNING_BYTES)  # the tags of class and instance are among the lowest
         sop_class, instance = likely
-        if not instance or head.find(self._pair(sop_class, instance, explicit=explicit), 0, beginning) < 0:
+        if not instance or not self._begins(head, sop_class, instance, beginning, explicit=explicit):
             sop_class, _, after = _first(head, _CLASS + vr, 0, beginning)
             instance = _first(head, _INSTANCE + vr, after, beginning)[0]
         if not (study and series and sop_class and instance):
@@ -77,15 +79,21 @@ class Glance:
         self._last = common, header.shared
         return header
 
-    def _pair(self, sop_class: str, instance: str, *, explicit: bool) -> bytes:
-        """Return the elements of class and instance as they follow each other in most data sets."""
+    def _begins(self, head: bytes, sop_class: str, instance: str, end: int, *, explicit: bool) -> bool:
+        """Return whether class and instance stand before `end`, one behind the other, as in most data sets."""
         raw = _even(instance)
-        before = self._pairs.get((sop_class, len(raw), explicit))
-        if before is None:
-            before = _begin(_CLASS, _even(sop_class), explicit=explicit) + _even(sop_class)
-            before += _begin(_INSTANCE, raw, explicit=explicit)
-            self._pairs[sop_class, len(raw), explicit] = before
-        return before + raw
+        key = sop_class, len(raw), explicit
+        pair, at = self._pairs.get(key) or (b"", 0)
+        if not pair:
+            pair = _begin(_CLASS, _even(sop_class), explicit=explicit) + _even(sop_class)
+            pair += _begin(_INSTANCE, raw, explicit=explicit)
+        pair_raw = pair + raw
+        if head.startswith(pair_raw, at) and at + len(pair_raw) <= end:
+            return True
+        at = head.find(pair_raw, 0, end)
+        if at >= 0:
+            self._pairs[key] = pair, at
+        return at >= 0
 
 
 def _even(uid: str) -> bytes:

@@ -114,7 +114,7 @@ def test_a_length_beyond_the_head_shows_nothing() -> None:
 
 
 def test_instances_of_series_after_series_are_known_each() -> None:
-    """Of one class and series, of another, and in files that begin otherwise."""
+    """Of one class and series, of another, and in files that begin otherwise; whatever instance their request names."""
     glance = Glance()
     for number in range(40):
         series = f"1.2.{number // 8}"
@@ -122,12 +122,13 @@ def test_instances_of_series_after_series_are_known_each() -> None:
         with studies.quiet():
             ds = studies.dataset(
                 study="1.2.3", series=series, SOPInstanceUID=f"1.2.3.{10 ** (number % 8)}", InstanceNumber=10**number,
-                StationName="x" * (number % 16), SOPClassUID=sop_class,
+                StationName="x" * (number % 16), SOPClassUID=sop_class, ImageType=["DERIVED"] * (1 + number % 5 // 4),
             )  # fmt: skip
             del ds.DataSetTrailingPadding
             file = studies.encoded(ds)
         header = walked(file)
         data = file[header.dataset_offset :]
         offset = header.dataset_offset + number % 2
-        seen = glance(data[:HEAD_BYTES], len(data), header.TransferSyntaxUID, offset)
+        likely = (("", ""), (sop_class, header.SOPInstanceUID), (sop_class, "1.2.99"))[number % 3]
+        seen = glance(data[:HEAD_BYTES], len(data), header.TransferSyntaxUID, offset, likely)
         assert seen is not None and uids(seen) == uids(header) and seen.dataset_offset == offset
