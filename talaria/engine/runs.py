@@ -57,6 +57,7 @@ UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 KNOWN_S = 30.0  # for which the id of a deployment is taken for known: somebody may remove it, and we make it anew
 GIVEN_UP = (StateType.FAILED, StateType.CRASHED)
 GOES_ON = ": it goes on by itself, soon after a good `talaria target test` of the target that it waits for"
+UNPROCESSABLE, TOO_LONG = 422, "parameters must be less than"  # Prefect's answer to long parameters
 SOON_S = 20  # a next attempt further away than this is not waited for
 
 
@@ -78,17 +79,29 @@ async def create(
         key: idempotency key; the same key again gives the same run.
         by: who asked for it.
         show_plan: whether the worker is to show what it is going to do (`transfer.live`).
+
+    Raises:
+        Misconfigured: the parameters are longer than the server keeps.
     """
     deployment = await deployed(client, flow)
-    return await client.create_flow_run_from_deployment(
-        deployment.id,
-        parameters=parameters,
-        name=name,
-        work_queue_name=await hosts.queue_for(queue, parameters),
-        state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
-        idempotency_key=key,
-        labels=({live.BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),
-    )
+    try:
+        return await client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters=parameters,
+            name=name,
+            work_queue_name=await hosts.queue_for(queue, parameters),
+            state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
+            idempotency_key=key,
+            labels=({live.BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),
+        )
+    except PrefectHTTPStatusError as exc:
+        if exc.response.status_code == UNPROCESSABLE and TOO_LONG in exc.response.text:
+            size = len(json.dumps(parameters))
+            raise Misconfigured(
+                f"what is asked for takes {size:,} bytes, more than the Prefect server keeps of one run "
+                "(PREFECT_SERVER_API_MAX_PARAMETER_SIZE): ask for it in several parts"
+            ) from exc
+        raise
 
 
 class Runner(Protocol):

@@ -244,8 +244,10 @@ def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str,
     if state is None or state.is_completed() or not is_over(state):
         return document
     if kind == "retrieval":
-        if state.is_cancelled():
-            return cancelled(document) if document["waiting"] else document | {"state": "cancelled"}
+        if state.is_cancelled() and document["waiting"]:
+            return cancelled(document)
+        if state.is_cancelled():  # which was too late where all had been delivered
+            return document if document["state"] == "delivered" else document | {"state": "cancelled"}
         return given_up(document, state.message or "failed") if document["waiting"] else document
     parts = [document]
     for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():

@@ -140,7 +140,7 @@ async def create_retrieval(
         raise ValueError(f"{into}: give the folder's absolute path")
     if into and office.embedded:  # else the folder is another machine's
         await asyncio.to_thread(check_into, Path(into))
-    asks = bool(wanted.PatientID or wanted.PatientName)
+    asks = any(one.strip("*?^= ") for one in (wanted.PatientID, wanted.PatientName))  # "*" asks for everybody
     (origin,) = await load(office.client, [source], secrets=asks)
     check_source(origin)
     for target in await load(office.client, parameters["targets"], secrets=False) if targets else ():

@@ -75,6 +75,8 @@ def _whole(run: FlowRun, known: Mapping[str, Standing]) -> str:
     whole = known[WHOLE].state if WHOLE in known else ""
     # Of the run's own end, a failure has two meanings; and Completed may have been set by somebody at Prefect.
     counts = whole == State.PARTIAL if run.state_type in GIVEN_UP else run.state_type == StateType.COMPLETED
+    if run.state_type == StateType.CANCELLED and kind_of(run) == "retrieval":
+        counts = whole == State.DELIVERED  # it was too late to cancel it
     return _now(run, whole if counts else "")
 
 

@@ -402,7 +402,7 @@ class Retrieval:
         taken_up = self.cancelled.is_set() and await is_left(self.flow_run_id)
         if taken_up:  # its process ends, and another one goes on with it
             state = "waiting"
-        elif self.cancelled.is_set():
+        elif self.cancelled.is_set() and not self.job.whole:
             state = "cancelled"
         elif unfinished and self.paused.is_set():
             state = "paused"
@@ -432,7 +432,7 @@ class Retrieval:
         if state == "waiting" and not taken_up:
             first = min(wait.until for wait in waits)
             return AwaitingRetry(scheduled_time=first, message=rest.message(waits, message))
-        if state == "cancelled" or taken_up:  # of which the engine makes that it goes on
+        if self.cancelled.is_set():  # also when all was there by then; the engine makes of it that it goes on, if so
             return Cancelled(message=message)
         return Completed(message=message) if state == "delivered" else Failed(message=message)
 

@@ -27,7 +27,7 @@ class Wish:
         """Return the accession numbers of the list, each once.
 
         Raises:
-            Misconfigured: there is nothing to look for, or no place to bring it to.
+            Misconfigured: there is nothing to look for, or no place to bring it to; or a value can't be.
         """
         found = accessions(self.accessions)
         keys = ("StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "PatientID", "PatientName", "StudyDescription")
@@ -35,6 +35,8 @@ class Wish:
             raise Misconfigured("nothing to look for: give accession numbers, study UIDs, dates or descriptions")
         if bool(self.targets) == bool(self.into):
             raise Misconfigured("give either targets or a folder to bring the studies to")
+        if self.studies_per_hour < 0:
+            raise Misconfigured("studies an hour: give a number, or 0 for no limit")
         if self.into and not Path(self.into).is_absolute():
             raise Misconfigured(f"{self.into}: give the folder's absolute path")
         study_tests(self.filters)

@@ -413,6 +413,9 @@ def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) 
         assert ended["state"] == "delivered" and set(placed(tmp_path / "into")) == {"Q1"}
         whose = {"source": "src", "into": into, "patient_name": "Nobody^At^All"}
         assert api.post("/retrievals", json=whose).status_code == 422
+        many = {"source": "src", "into": into, "numbers": [f"{number:016}" for number in range(40_000)]}
+        refused = api.post("/retrievals", json=many)
+        assert refused.status_code == 422 and "ask for it in several parts" in refused.json()["error"]
         trail = up.told("audit", "show", "--last", "50")["entries"]
         assert "PatientName" in [one for one in trail if one["event"] == "query"][-1]["details"]["keys"]
         assert not any("Nobody" in json.dumps(one) for one in trail)

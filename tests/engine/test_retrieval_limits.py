@@ -19,12 +19,13 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Abort
 from prefect.states import Completed, Failed, Scheduled
 
 from blocks.base import Target
 from imaging.query import Query
+from talaria.service.jobs import settled
 from talaria.testing import studies
 from talaria.testing.process import until
 from tasks.dispatch import audited, leaving, running
@@ -437,6 +438,8 @@ def test_the_query_of_a_wish_is_looked_at_before_anything_begins() -> None:
 
     with pytest.raises(Misconfigured, match="20240231 is not a date"):
         Wish("src", targets=("a",), filters=Query(StudyDate="20240231")).numbers()
+    with pytest.raises(Misconfigured, match="studies an hour: give a number"):  # as a form of Prefect's may have it
+        Wish("src", targets=("a",), accessions="A1", studies_per_hour=-5).numbers()
 
 
 def test_a_process_that_has_lost_its_lease_says_nothing_more_of_the_run(tmp_path: Path) -> None:
@@ -519,6 +522,25 @@ def test_a_process_that_ends_says_of_no_retrieval_that_it_was_cancelled(
         assert concluded(one).is_cancelled()  # which the engine lets go on, unless somebody asked for it
         assert (one.job.ended, said) == (asked, ["cancelled"] if asked else [])
         running.forget(RUN)
+
+
+def test_a_retrieval_that_is_cancelled_when_all_is_delivered_is_delivered(
+    concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(audited, "retrieval_ends", lambda source, state, *_: said.append(state))
+    with archive(study("S1")) as peer:
+
+        async def too_late(*_: Any, **__: Any) -> State[Any]:
+            one.cancelled.set()
+            return Completed()
+
+        one = made(peer, too_late, "S1")
+        state = concluded(one)
+    assert state.is_cancelled()  # Prefect takes nothing else of a run that is to be cancelled
+    assert state.message == "1 study found, 1 delivered" and said == ["delivered"]
+    document = {"state": "delivered", "waiting": []}
+    assert settled(FlowRun(flow_id=uuid4(), state=state), "retrieval", document)["state"] == "delivered"
 
 
 def test_what_one_study_meets_unexpectedly_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -336,6 +336,7 @@ def three(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> None:
         (["src", "--accession", "A"], "--to"),
         (["src", "--accession", "A", "--to", "arch", "--into", "INTO"], "--to"),
         (["src", "--into", "INTO"], "nothing to look for"),
+        (["src", "--patient-name", "*^*", "--into", "INTO"], "nothing to look for"),
         (["src", "--study-date", "soon", "--into", "INTO"], "study date"),
         (["src", "--study-date", "20240231", "--into", "INTO"], "20240231 is not a date"),
         (["src", "--study-date", "20240131-20240101", "--into", "INTO"], "ends before it begins"),
