@@ -22,6 +22,7 @@ from transfer.globs import patterns
 from transfer.layout import fields_of
 from transfer.plan import Origin
 from transfer.receipt import Level
+from transfer.shared import host_of
 from transfer.window import DispatchWindow
 
 MOVED = "type it again: the connection leads elsewhere now, and a stored secret never goes to another place"
@@ -210,11 +211,18 @@ class Target(NamedBlock, ABC):
             value = getattr(self, field)
             parts.append(value.get_secret_value() if isinstance(value, SecretStr) else str(value))
         parts += self.places(origin)
+        if self.own_folder and (host := host_of(self.own_folder)):
+            parts.append(host)
         return hashlib.sha256("\0".join([self.type_name, *parts]).encode()).hexdigest()[:16]
 
     def places(self, origin: Origin) -> list[str]:
         """Return what in a study's origin decides where its data goes; empty where the target alone decides."""
         return []
+
+    @property
+    def own_folder(self) -> str:
+        """The folder that data goes to on the machine that sends it; "" where it goes to a server."""
+        return ""
 
     @property
     def of_origin(self) -> dict[str, str]:

@@ -138,6 +138,10 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         return Path(unquote(parts.path, errors="surrogateescape")) if parts.scheme == "file" else None
 
     @property
+    def own_folder(self) -> str:
+        return str(self.folder or "")
+
+    @property
     def node(self) -> str:
         """The server's host; "" for a folder, whatever host its URL names."""
         return "" if self.folder is not None else super().node

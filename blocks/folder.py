@@ -74,6 +74,10 @@ archive = FolderTarget.load("BLOCK_NAME")
         json_schema_extra=about(Group.FILES, advanced=True),
     )
 
+    @property
+    def own_folder(self) -> str:
+        return self.folder
+
     @field_validator("folder")
     @classmethod
     def _folder(cls, value: str) -> str:

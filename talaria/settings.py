@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from talaria.home import settings_files
-from transfer import roots
+from transfer import roots, shared
 from transfer.home import Home
 from transfer.live import FOLLOWED_HERE
 from transfer.validation import what_is_wrong
@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     shared_sources: str = Field(
         default="", description="Folders that each of those hosts has, at the same path with the same files."
     )
+    shared_places: str = Field(
+        default="", description="Folders below which what one of those hosts writes lies on each, at the same path."
+    )
     off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
     sources: str = Field(default="", description="Folders, separated by `:` or commas, that hold what may be sent.")
     places: str = Field(
@@ -104,7 +107,7 @@ class Settings(BaseSettings):
     audit_syslog_cert: str = Field(default="", description="PEM file of our certificate, where it wants one.")
     audit_syslog_key: str = Field(default="", description="PEM file of the key of that certificate.")
 
-    @field_validator("sources", "places", "shared_sources", mode="before")
+    @field_validator("sources", "places", "shared_sources", "shared_places", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         """Accept a list, as TOML has them."""
@@ -146,7 +149,8 @@ def load_settings() -> Settings:
     folders = {
         roots.SOURCES: settings.sources,
         roots.PLACES: settings.places,
-        "TALARIA_SHARED_SOURCES": settings.shared_sources,
+        shared.SOURCES: settings.shared_sources,
+        shared.PLACES: settings.shared_places,
     }
     for name, value in folders.items():
         os.environ[name] = os.pathsep.join(roots.parse(name, value))

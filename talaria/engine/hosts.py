@@ -21,17 +21,13 @@ from prefect.client.schemas.objects import FlowRun
 from transfer import roots
 from transfer.errors import DispatchError
 from transfer.home import host_name
+from transfer.shared import SOURCES as SHARED
+from transfer.shared import several as several
 from transfer.silent import looked
 from transfer.studies import Each, listed
 
 HOST = "talaria.host"  # label of a run: where its files are, whatever its queue
 AT = "@"  # between a queue's name and its host's
-SHARED = "TALARIA_SHARED_SOURCES"
-
-
-def several() -> bool:
-    """Return True if several hosts share a ledger."""
-    return bool(os.environ.get("TALARIA_LEDGER"))
 
 
 def own(queue: str) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from blocks.base import Target
+from blocks.dicomweb import DicomWebTarget
 from blocks.folder import FolderTarget
 
 
@@ -44,3 +46,26 @@ def test_the_endpoint_is_the_place() -> None:
     assert one.endpoint_for() == FolderTarget(folder="/data", concurrency=1).endpoint_for()
     assert one.endpoint_for() != FolderTarget(folder="/data2").endpoint_for()
     assert one.endpoint_for() != FolderTarget(folder="/data", layout="{PatientID}").endpoint_for()
+
+
+def on(host: str, monkeypatch: pytest.MonkeyPatch, *targets: Target) -> list[str]:
+    monkeypatch.setenv("TALARIA_HOST_NAME", host)
+    return [one.endpoint_for() for one in targets]
+
+
+def test_a_disk_of_one_of_several_hosts_is_an_endpoint_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one host had put on its disk counted as there on another, on whose disk nothing lay."""
+    folders = FolderTarget(folder="/data/archive"), DicomWebTarget(url="file:///data/archive/web")
+    server = DicomWebTarget(url="https://pacs.example/data/archive")
+    monkeypatch.delenv("TALARIA_LEDGER", raising=False)
+    alone = on("a", monkeypatch, *folders, server)
+    assert alone == on("b", monkeypatch, *folders, server)
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
+    first, second = on("a", monkeypatch, *folders, server), on("b", monkeypatch, *folders, server)
+    assert len({*first[:2], *second[:2], *alone[:2]}) == 6 and first[2] == second[2] == alone[2]
+    for name in ("TALARIA_SHARED_PLACES", "TALARIA_SHARED_SOURCES"):
+        monkeypatch.setenv(name, "/data/other,/data/archive/")
+        assert on("a", monkeypatch, *folders) == on("b", monkeypatch, *folders) == alone[:2]
+        beside = FolderTarget(folder="/data/archives")
+        assert on("a", monkeypatch, beside) != on("b", monkeypatch, beside)
+        monkeypatch.delenv(name)

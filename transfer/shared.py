@@ -1,0 +1,33 @@
+"""What several hosts that share a ledger have in common: folders that each has at the same path with the same files.
+
+TALARIA_SHARED_SOURCES    what is sent from there may be sent by any of them
+TALARIA_SHARED_PLACES     what one of them writes there, all have
+
+Every other folder is one host's own, whatever lies at its path on another.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from transfer import roots
+from transfer.home import host_name
+
+SOURCES, PLACES = "TALARIA_SHARED_SOURCES", "TALARIA_SHARED_PLACES"
+
+
+def several() -> bool:
+    """Return True if several hosts share a ledger."""
+    return bool(os.environ.get("TALARIA_LEDGER"))
+
+
+def host_of(folder: str | Path) -> str:
+    """Return the host whose disk a folder to write to is on: this one; "" if all have it, or there is but one.
+
+    Goes by the folder's name alone, as its file system may be silent.
+    """
+    if not several():
+        return ""
+    named = [one for name in (PLACES, SOURCES) for one in roots.parse(name, os.environ.get(name, ""))]
+    return "" if any(roots.is_in(os.path.normpath(folder), one) for one in named) else host_name()
