@@ -17,7 +17,13 @@ from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteC
 
 from talaria.engine import leaner
 from talaria.engine.asgi import Application
-from talaria.engine.database import add_search, let_types_name_their_operators, make_index_at_start, set_sqlite_up
+from talaria.engine.database import (
+    add_search,
+    ask_connections_seldom,
+    let_types_name_their_operators,
+    make_index_at_start,
+    set_sqlite_up,
+)
 from talaria.engine.onestep import make_statements_one_step
 from talaria.engine.priority import QueueOfPriority
 from talaria.engine.unique import UniqueNames
@@ -36,6 +42,7 @@ def create_app() -> tuple[Application, Any]:
     let_writers_wait()
     let_types_name_their_operators()
     set_sqlite_up()
+    ask_connections_seldom()
     make_statements_one_step()
     leaner.look_up_the_database_once()
     leaner.check_schemas_once()

@@ -7,17 +7,19 @@ or a search by a part of a name read tens of thousands of whole rows; ours has a
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from prefect.server.database.configurations import AioSqliteConfiguration
+from prefect.server.database.configurations import AioSqliteConfiguration, AsyncPostgresConfiguration
 
 from talaria.engine.runs import BEGINNING
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
 
 INDEX = "talaria_flow_run"
@@ -30,7 +32,10 @@ COLUMNS = {
     "postgresql": "deployment_id, expected_start_time, state_type",
 }
 CACHE_KIB = 8192  # of a connection; Prefect's 80 MB each, for up to 15 of them, brought nothing that could be measured
+ASKED_S = 2.0  # for which a connection to PostgreSQL that has answered is taken to be open
+_ASKED = "talaria asked"  # when a connection answered, in monotonic seconds
 _prefects_setup = AioSqliteConfiguration.setup_sqlite
+_prefects_engine = AsyncPostgresConfiguration.engine
 _logger = logging.getLogger("talaria.front")
 
 
@@ -47,6 +52,48 @@ def _setup_sqlite(self: AioSqliteConfiguration, conn: DBAPIConnection, record: C
     _prefects_setup(self, conn, record)
     cursor.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
     cursor.close()
+
+
+def ask_connections_seldom() -> None:
+    """Ask a connection to PostgreSQL each ASKED_S, and not with each use, whether it is still open.
+
+    Prefect lets it be asked some sixty times for a dispatch, each time by a transaction of its own. One that is lost
+    meanwhile is as one that is lost in use: Prefect's answer is 503, and its clients ask again.
+    """
+    AsyncPostgresConfiguration.engine = _engine  # type: ignore[method-assign]
+
+
+async def _engine(self: AsyncPostgresConfiguration) -> AsyncEngine:
+    from sqlalchemy import event
+
+    engine = await _prefects_engine(self)
+    pool = engine.sync_engine.pool
+    if pool._pre_ping:  # a private name of SQLAlchemy's: tests/engine/test_database.py fails when it changes
+        pool._pre_ping = False
+        event.listen(pool, "connect", _answers)
+        event.listen(pool, "checkout", _ask)
+    return engine
+
+
+def _answers(connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[_ASKED] = time.monotonic()
+
+
+def _ask(connection: Any, record: ConnectionPoolEntry, taken: object) -> None:
+    """Ask a connection that is taken from the pool.
+
+    Raises:
+        InvalidatePoolError: it is lost; the pool opens others.
+    """
+    from sqlalchemy.exc import InvalidatePoolError
+
+    if time.monotonic() - record.info[_ASKED] < ASKED_S:
+        return
+    try:
+        connection.ping()
+    except Exception as exc:  # whatever it is: this one can't be used
+        raise InvalidatePoolError from exc
+    _answers(connection, record)
 
 
 def let_types_name_their_operators() -> None:
