@@ -128,8 +128,8 @@ def look_up(port: int, aet: str, single: bool, numbers: Path) -> None:
 
 
 def find(port: int) -> None:
+    from protocols.dimse.levels import STUDY_FIELDS
     from protocols.dimse.query import finder
-    from protocols.dimse.search import STUDY_FIELDS
     from protocols.dimse.transport import Peer
 
     with finder(Peer("127.0.0.1", port)) as asked, section():
@@ -142,7 +142,7 @@ def find_pynetdicom(port: int) -> None:
     from pydicom.dataset import Dataset
     from pynetdicom import AE
 
-    from protocols.dimse.search import STUDY_FIELDS
+    from protocols.dimse.levels import STUDY_FIELDS
 
     ae = AE()
     ae.add_requested_context("1.2.840.10008.5.1.4.1.2.2.1")
@@ -351,7 +351,7 @@ def send(port: int, aet: str, folder: Path) -> None:
 def compare_find(rounds: int) -> None:
     print(f"\n## C-FIND: {ANSWERS} answers of 11 attributes")
     with source(1, 1000, {}) as port:
-        from protocols.dimse.search import STUDY_FIELDS
+        from protocols.dimse.levels import STUDY_FIELDS
 
         keys = [part for keyword in STUDY_FIELDS[:11] if keyword != "AccessionNumber" for part in ("-k", keyword)]
         argv = ["findscu", "-q", "-S", "-pdu", str(PDU), "-k", "QueryRetrieveLevel=STUDY", "-k", "AccessionNumber=MANY"]

@@ -243,7 +243,10 @@ class _Finder:
             common.append(("ModalitiesInStudy", modalities[0]))
         studies = listed(query.StudyInstanceUID)
         if not studies and query.SeriesInstanceUID.strip():
-            studies = self._studies_of_series(listed(query.SeriesInstanceUID))
+            known = self._studies_of_series(listed(query.SeriesInstanceUID))
+            if known is not None and not known:
+                return
+            studies = known or []
         lists = [
             [("AccessionNumber", value.strip()) for value in dict.fromkeys(query.AccessionNumber) if value.strip()],
             [("StudyInstanceUID", value) for value in studies],
@@ -255,17 +258,24 @@ class _Finder:
         for choice in itertools.product(*(values for values in lists if values)):
             yield (*common, *choice)
 
-    def _studies_of_series(self, series: list[str]) -> list[str]:
-        """Return the studies that series belong to; none if the server can't search for series without their study."""
-        found: list[str] = []
+    def _studies_of_series(self, series: list[str]) -> list[str] | None:
+        """Return the studies that series belong to; None if the server can't search for series without their study.
+
+        Where it finds nothing, a series that it has shows whether it can.
+        """
         try:
-            for uid in series:
-                for one in PagedSearch(self.archive, ("series",), (("SeriesInstanceUID", uid),)):
-                    if dicomjson.text(one, SERIES_UID) == uid:
-                        found.append(dicomjson.text(one, STUDY_UID))
+            found = [uid for one in series for uid in self._studies_of_one(one)]
+            if found:
+                return list(dict.fromkeys(found))
+            some = PagedSearch(self.archive, ("series",)).page(1, 0).rows
+            return [] if some and self._studies_of_one(dicomjson.text(some[0], SERIES_UID)) else None
         except (Misconfigured, NotFound):
-            return []
-        return [uid for uid in dict.fromkeys(found) if uid]
+            return None
+
+    def _studies_of_one(self, uid: str) -> list[str]:
+        rows = PagedSearch(self.archive, ("series",), (("SeriesInstanceUID", uid),))
+        found = [dicomjson.text(row, STUDY_UID) for row in rows if dicomjson.text(row, SERIES_UID) == uid]
+        return [study for study in found if study]
 
     # ---- series
 

@@ -11,8 +11,8 @@ from typing import Any
 from imaging.header import UID
 from imaging.query import count, text
 from protocols.dimse.identifier import encodings
+from protocols.dimse.levels import IMAGE_FIELDS, SERIES_FIELDS, STUDY_FIELDS
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
-from protocols.dimse.search import IMAGE_FIELDS, SERIES_FIELDS, STUDY_FIELDS
 from protocols.dimse.series import PulledSeries
 from transfer.errors import Busy, Misconfigured
 

@@ -18,6 +18,8 @@ from protocols.dimse import stored
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.below import CAPS, InParts
 from protocols.dimse.identifier import encodings
+from protocols.dimse.levels import IMAGE_FIELDS, SERIES_FIELDS, STUDY_FIELDS
+from protocols.dimse.lone import studies_of
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
 from protocols.dimse.unsaid import DESCRIPTIONS, UnsaidDescriptions
 from protocols.dimse.unshown import UID_LIST, UnshownLetters
@@ -28,16 +30,6 @@ from transfer.query import series_tests, study_tests
 
 Answer = dict[str, Any]
 
-STUDY_FIELDS = (
-    "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "PatientID", "PatientName", "PatientBirthDate",
-    "PatientSex", "StudyID", "StudyDescription", "ReferringPhysicianName", "ModalitiesInStudy",
-    "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances",
-)  # fmt: skip
-SERIES_FIELDS = (
-    "SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription", "BodyPartExamined",
-    "NumberOfSeriesRelatedInstances",
-)  # fmt: skip
-IMAGE_FIELDS = ("SOPInstanceUID", "SOPClassUID", "AvailableTransferSyntaxUID", "InstanceNumber")
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
 EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
 MOST_STALE = 3  # studies that announce more series than they have, after which a peer's counts say nothing
@@ -308,7 +300,10 @@ class PeerSearch:
             keys["ModalitiesInStudy"] = modalities[0].upper()  # as all code strings are (PS3.5 section 6.2)
         studies = listed(query.StudyInstanceUID)
         if not studies and query.SeriesInstanceUID.strip():
-            studies = self._studies_of(listed(query.SeriesInstanceUID))
+            known = studies_of(self.finder, listed(query.SeriesInstanceUID))
+            if known is not None and not known:
+                return
+            studies = known or []
         accessions = list(dict.fromkeys(value.strip() for value in query.AccessionNumber if value.strip()))
         if studies:
             yield from self._by_uid(
@@ -338,18 +333,6 @@ class PeerSearch:
         for uid in uids:
             if uid not in found:
                 yield from self._worded(keys | {"StudyInstanceUID": uid})
-
-    def _studies_of(self, series: list[str]) -> list[str]:
-        """Return the studies that series belong to; none if the peer can't search for series without their study."""
-        found: list[str] = []
-        try:
-            for uid in series:
-                for one in self.finder.ask_for("SERIES", {"SeriesInstanceUID": uid}, ("StudyInstanceUID",)):
-                    if one.get("SeriesInstanceUID") == uid:
-                        found.append(str(one.get("StudyInstanceUID", "")))
-        except (Misconfigured, Busy):
-            return []
-        return [uid for uid in dict.fromkeys(found) if uid]
 
     def _worded(self, keys: dict[str, str], most: int = 0) -> Iterator[tuple[Mapping[str, str], Answer]]:
         """Ask in a form that the peer accepts: in one character set after another, without keys that it refuses."""

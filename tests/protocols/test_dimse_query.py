@@ -403,6 +403,26 @@ def test_more_instances_than_can_be_read_for_a_filter_are_an_error(monkeypatch: 
         ]
 
 
+def test_a_series_that_is_nowhere_costs_a_few_queries() -> None:
+    with archive(made := files(60)) as peer:
+        assert found(peer, Query(SeriesInstanceUID="1.2.3")) == []
+        assert len(peer.asked(FIND)) < 12
+        # Where a date narrows it, too.
+        assert found(peer, Query(SeriesInstanceUID="1.2.3", StudyDate=studies.STUDY_DATE)) == []
+        some = [str(one.ds.SeriesInstanceUID) for one in peer.instances[:2]]
+        assert len(found(peer, Query(SeriesInstanceUID=",".join((*some, "1.2.3"))))) == 2
+
+    def within_studies(keys: Dataset) -> None:
+        if keys.QueryRetrieveLevel == "SERIES" and not keys.get("StudyInstanceUID"):
+            keys.SeriesInstanceUID = "0"
+
+    # One that finds series within their study only, or whatever it is asked for, shows that by one that it has.
+    for odd in ({"misreads": within_studies}, {"ignores": frozenset(("SeriesInstanceUID",)), "limit": 10}):
+        with archive(made[:12], **odd) as peer:
+            last = str(peer.instances[-1].ds.SeriesInstanceUID)
+            assert len(found(peer, Query(SeriesInstanceUID=last))) == 1
+
+
 def test_counts_that_answers_lack_are_not_known() -> None:
     lacking = frozenset(("NumberOfStudyRelatedInstances", "NumberOfSeriesRelatedInstances", "ModalitiesInStudy"))
     with archive(files(2), leaves_out=lacking) as peer:

@@ -91,6 +91,11 @@ def test_by_uid(archive: Scripted) -> None:
     (series,) = found(archive, Query(SeriesInstanceUID=match.SeriesInstanceUID, level="series"))
     assert series.SeriesInstanceUID == match.SeriesInstanceUID
     assert found(archive, Query(StudyInstanceUID=match.StudyInstanceUID, SeriesInstanceUID="1.2.3")) == []
+    archive.requests.clear()
+    assert found(archive, Query(SeriesInstanceUID="1.2.3")) == []
+    assert {request.path.rpartition("/")[2] for request in archive.requests} == {"series"}  # no studies were listed
+    archive.script = [Reply(204)] * 2  # it finds no series without their study
+    assert len(found(archive, Query(SeriesInstanceUID=match.SeriesInstanceUID))) == 1
 
 
 def test_what_identifies_a_patient_shows_in_no_error(server: Scripted) -> None:
