@@ -91,11 +91,11 @@ async def save(client: PrefectClient, target: Target, name: str, *, replace: boo
 
 async def limit(client: PrefectClient, target: Target) -> str:
     """Create a target's global concurrency limit if it doesn't exist; return its name."""
-    name = limit_name(target)
+    name = limit_name(target.name)
     await client.upsert_global_concurrency_limit_by_name(name, target.max_dispatches)
     return name
 
 
-def limit_name(target: Target) -> str:
+def limit_name(target: str) -> str:
     """Return the name of a target's global concurrency limit."""
-    return f"talaria-{target.name}"
+    return f"talaria-{target}"

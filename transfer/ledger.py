@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transfer import confirmed, deliveries, happenings, messages, rests, runs, sourcebook, waits
+from transfer import confirmed, deliveries, happenings, held, messages, rests, runs, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
 from transfer.database import Tables, opened
 from transfer.deliveries import Deliveries
 from transfer.happenings import Happenings
+from transfer.held import HeldSlots
 from transfer.messages import Messages
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item
@@ -52,9 +53,9 @@ OF_OLD = (
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
 # 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits,
-# 5 none of deliveries, 6 none of the studies of floods, 7 none of rests
-VERSION = 8
-OTHERS = runs, confirmed, happenings, messages, sourcebook, waits, deliveries, rests
+# 5 none of deliveries, 6 none of the studies of floods, 7 none of rests, 8 none of slots that are held
+VERSION = 9
+OTHERS = runs, confirmed, happenings, messages, sourcebook, waits, deliveries, rests, held
 TABLES = Tables(SCHEMA + "".join(one.TABLES for one in OTHERS), VERSION, OF_OLD)
 
 
@@ -89,6 +90,7 @@ class Ledger:
         deliveries: how those of each run stood last, in a line.
         runs: which process runs what.
         rests: what runs that wait have left behind.
+        held: who holds slots of targets.
     """
 
     def __init__(self, where: Path | str) -> None:
@@ -96,7 +98,7 @@ class Ledger:
         self.happenings, self.messages = Happenings(self._db), Messages(self._db)
         self.sources, self.waits = Sourcebook(self._db), Waits(self._db)
         self.deliveries, self.runs = Deliveries(self._db), Runs(self._db, self.happenings)
-        self.rests = Rests(self._db)
+        self.rests, self.held = Rests(self._db), HeldSlots(self._db)
 
     def close(self) -> None:
         self._db.close()

@@ -170,6 +170,12 @@ class Runs:
         ).fetchone()
         return Holder(row[0], row[1], bool(row[2])) if row else None
 
+    def hosts(self) -> set[str]:
+        """Return the hosts of all that have a lease."""
+        with self._db.reading():
+            rows = self._db.execute(f"SELECT DISTINCT host FROM owners WHERE until>{self._db.NOW}")  # noqa: S608 - ours
+            return {str(row[0]) for row in rows}
+
     def prune_owners(self, before: float) -> int:
         """Forget owners that ended before a time; return how many."""
         return self._db.execute(

@@ -19,7 +19,6 @@ from uuid import UUID
 import httpx
 from prefect import get_client
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterState,
@@ -32,7 +31,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Failed
 
-from talaria.engine import hosts
+from talaria.engine import hosts, slots
 from talaria.engine.leftovers import clear_staging
 from tasks.dispatch.running import PAUSING, paused
 from tasks.paging import every
@@ -76,10 +75,8 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
             ledger.runs.ends(run_id, goes_on=again)
-        living = set(ledger.runs.unfinished())
+        await slots.give_back(client, ledger, alive)
         await asyncio.to_thread(clear_staging, home, ledger)
-    if alone and not living:
-        await _free_slots(client)
     return taken
 
 
@@ -256,10 +253,3 @@ async def _runs(client: PrefectClient, pool: str, states: list[StateType]) -> li
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
         sort=FlowRunSort.ID_DESC,
     )
-
-
-async def _free_slots(client: PrefectClient) -> None:
-    """Free the slots of targets that killed runs still hold."""
-    for limit in await every(client.read_global_concurrency_limits):
-        if limit.name.startswith("talaria-") and limit.active_slots:
-            await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))

@@ -39,7 +39,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from talaria import logs
 from talaria.audit.forward import forwarding
-from talaria.engine import called, cancelled, hosts, lanes, logged, stray
+from talaria.engine import called, cancelled, hosts, lanes, logged, slots, stray
 from talaria.engine.aside import Aside
 from talaria.engine.due import MOST, Due, come, is_check
 from talaria.engine.recovery import abandoned, settle, taken_over
@@ -58,9 +58,8 @@ from transfer.ledger import Ledger
 NET_S = 20.0  # between two looks at the server when no event comes
 BLIND_S = 2.0  # the same while there is no subscription
 SOON_S = NET_S + 10  # a run that is to begin by then gets an alarm of its own
-RETRIES = (
-    2  # of one call, after 2 and 4 s; the worker looks again by itself, and may not sleep through a server's return
-)
+# Of one call, after 2 and 4 s; the worker looks again by itself, and may not sleep through a server's return.
+RETRIES = 2
 HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
@@ -96,7 +95,7 @@ class Worker:
         self._alarms = False  # whether their time may not have come yet
         self._flows = Flows(client)
         self._jobs: set[asyncio.Task[None]] = set()
-        self._looking_back = cancelled.LookingBack()
+        self._looking_back, self._slots = cancelled.LookingBack(), slots.Slots(client, home, ledger, self.alive)
         self._aside = Aside(client, home, ledger)
 
     async def serve(self) -> None:
@@ -447,6 +446,7 @@ class Worker:
 
     async def _take_over(self) -> None:
         await taken_over(self.client, self.ledger, self.lease.owner, self.alive, self._at_work)
+        await self._slots.look()
 
     def _at_work(self, run_id: str) -> bool:  # a part of a retrieval has a flag of its own
         return run_id in running.running() or UUID(run_id) in self.active or UUID(run_id) in self._unended

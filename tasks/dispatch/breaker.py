@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Taken(Exception):
-    """Another run tests a target."""
+    """Another one does it."""
 
 
 def read(ledger: Ledger, target: Target) -> Breaker:
@@ -100,11 +100,17 @@ def has_answered(home: Home, target: Target) -> None:
 @contextmanager
 def testing(home: Home, ledger: Ledger, target: Target) -> Iterator[bool]:
     """Be the one that tests a target during the block; yields False if another run, of any host, does."""
+    with only_one(home, ledger, f"test {target.name}") as mine:
+        yield mine
+
+
+@contextmanager
+def only_one(home: Home, ledger: Ledger, what: str) -> Iterator[bool]:
+    """Be the only one that does something during the block; yields False if another process, of any host, does."""
 
     def give_up() -> None:
         raise _Taken
 
-    what = f"test {target.name}"
     with ExitStack() as stack:
         try:
             stack.enter_context(home.exclusive(hashlib.sha256(what.encode()).hexdigest()[:24], give_up))
@@ -120,6 +126,11 @@ def testing(home: Home, ledger: Ledger, target: Target) -> Iterator[bool]:
 def queue(target: Target) -> str:
     """Return the name of the line in which runs wait for a target to answer."""
     return f"{target.name}?"
+
+
+def is_queue(name: str) -> bool:
+    """Return True if a line is one of those; others stand in line for a slot."""
+    return name.endswith("?")
 
 
 def _of(target: Target, found: Breaker | None) -> Breaker:

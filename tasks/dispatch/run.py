@@ -215,7 +215,7 @@ class Dispatch:
             wait_s = 0.0 if left.since else SLOT_S
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(get_client())
-            await stack.enter_async_context(slots(client, target, wait_s=wait_s, ledger=self.ledger))
+            await stack.enter_async_context(slots(client, target, 1, wait_s, self.ledger, self.in_line))
             self.ledger.waits.leave(target.name, self.in_line)
             left.since = 0.0
             return stack.pop_all()

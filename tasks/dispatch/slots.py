@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from uuid import UUID
 
@@ -26,6 +26,7 @@ from transfer.ledger import Ledger
 LEASE_S = 60  # a killed worker's slot is free again after this
 WAIT_S = 2.0  # between two tries to get a slot, unless one becomes free in this process
 LOCKED = 423  # HTTP: all slots are taken
+LOST = (DispatchError, sqlite3.Error)  # of the ledger's database
 
 
 class NoSlot(Exception):
@@ -37,32 +38,51 @@ _waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
 @asynccontextmanager
 async def slots(
-    client: PrefectClient, target: Target, count: int = 1, wait_s: float | None = None, ledger: Ledger | None = None
+    client: PrefectClient,
+    target: Target,
+    count: int = 1,
+    wait_s: float | None = None,
+    ledger: Ledger | None = None,
+    run: str = "",
 ) -> AsyncIterator[None]:
     """Wait for slots of a target, and hold them while the block runs.
 
     Args:
         wait_s: the longest wait in seconds; None for as long as it takes.
-        ledger: in which those stand that are to be woken when the slots are free again.
+        ledger: in which those stand that are to be woken when the slots are free again, and what is held.
+        run: that holds them; "" for one of which nothing is noted.
 
     Raises:
         NoSlot: none has become free in that time.
         httpx.HTTPError, PrefectException: the server does not answer as it should.
     """
     lease = await _taken(client, target, count, wait_s)
-    renewing = asyncio.create_task(_renew(client, lease))
+    renewing: asyncio.Task[None] | None = None
+
+    async def note() -> None:
+        if ledger is not None and run:
+            with suppress(*LOST):  # then it is noted when the lease is renewed
+                await asyncio.to_thread(ledger.held.note, str(lease), target.name, run, count)
+
+    def end(ledger: Ledger) -> None:
+        ledger.held.forget(str(lease))
+        line.wake(ledger, target.name, count)
+
     try:
+        await note()
+        renewing = asyncio.create_task(_renew(client, lease, note))
         yield
     finally:
-        renewing.cancel()
+        if renewing:
+            renewing.cancel()
         await _given_back(client, target, lease)
         if ledger is not None:
-            with suppress(DispatchError, sqlite3.Error):  # then they come by themselves
-                await asyncio.shield(asyncio.to_thread(line.wake, ledger, target.name, count))
+            with suppress(*LOST):  # then they come by themselves
+                await asyncio.shield(asyncio.to_thread(end, ledger))
 
 
 async def _taken(client: PrefectClient, target: Target, count: int, wait_s: float | None) -> UUID:
-    name, known = limit_name(target), False
+    name, known = limit_name(target.name), False
     loop = asyncio.get_running_loop()
     end = None if wait_s is None else loop.time() + wait_s
     while True:
@@ -90,7 +110,7 @@ async def _taken(client: PrefectClient, target: Target, count: int, wait_s: floa
 async def _asked(client: PrefectClient, target: Target, count: int) -> tuple[UUID | None, int | None]:
     """Ask for slots; return the lease, None if there is no such limit, and how many slots there are."""
     asking = asyncio.ensure_future(
-        client.increment_concurrency_slots_with_lease([limit_name(target)], count, "concurrency", LEASE_S)
+        client.increment_concurrency_slots_with_lease([limit_name(target.name)], count, "concurrency", LEASE_S)
     )
     try:
         answer = (await asyncio.shield(asking)).json()
@@ -105,14 +125,15 @@ async def _asked(client: PrefectClient, target: Target, count: int) -> tuple[UUI
 async def _given_back(client: PrefectClient, target: Target, lease: UUID) -> None:
     with suppress(httpx.HTTPError, PrefectException):  # then it ends by itself
         await asyncio.shield(client.release_concurrency_slots_with_lease(lease))
-    for loop, event in list(_waiting.get(limit_name(target), ())):
+    for loop, event in list(_waiting.get(limit_name(target.name), ())):
         with suppress(RuntimeError):  # its loop has just been closed
             loop.call_soon_threadsafe(event.set)
 
 
-async def _renew(client: PrefectClient, lease: UUID) -> None:
+async def _renew(client: PrefectClient, lease: UUID, note: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(LEASE_S / 2)
+        await note()
         with suppress(httpx.HTTPError, PrefectException):
             await client.renew_concurrency_lease(lease, LEASE_S)
 

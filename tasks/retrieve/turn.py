@@ -47,7 +47,7 @@ class Turn:
                         raise NoSlot(self.source.name)
                     wait_s = 0.0 if self.job.since else SLOT_S
             client = await stack.enter_async_context(get_client())
-            await stack.enter_async_context(slots(client, self.source, count, wait_s, ledger))
+            await stack.enter_async_context(slots(client, self.source, count, wait_s, ledger, self.flow_run_id))
             if ledger and self.job.since:
                 with suppress(*LOST):
                     ledger.waits.leave(self.source.name, self.flow_run_id)

@@ -191,6 +191,28 @@ def test_an_answer_calls_as_many_as_the_target_takes(hosts: Any, target: FolderT
     assert len(called) == 4
 
 
+def test_a_slot_is_its_run_s_until_that_is_over_or_another_process_has_it(hosts: Any, target: FolderTarget) -> None:
+    (_, one), (_, other) = hosts
+
+    def held() -> dict[str, bool]:
+        return {slot.lease: slot.at_work for slot in other.held.all() if slot.target == target.name}
+
+    runs = [f"{target.name}{number}" for number in range(3)]
+    for run in runs:
+        one.runs.begins(run, "owner")
+        for _ in range(2):  # when it is taken, and when its lease is renewed
+            one.held.note(f"lease of {run}", target.name, run, 2)
+    one.held.note("lease of nobody", target.name, "a run that nobody has", 2)
+    assert held() == {f"lease of {run}": True for run in runs}
+    one.runs.ends(runs[0], goes_on=True)
+    one.runs.begins(runs[1], "another")
+    assert held() == {f"lease of {run}": run == runs[2] for run in runs}
+    assert [ledger.held.forget(f"lease of {runs[0]}") for ledger in (one, other)] == [True, False]
+    for run in runs[1:]:
+        assert other.held.forget(f"lease of {run}")
+    assert held() == {}
+
+
 def test_no_dispatch_fails_since_the_database_can_t_be_asked(tmp_path: Path, target: FolderTarget) -> None:
     home = Home(tmp_path)
     ledger = Ledger(home.root / "ledger.sqlite")

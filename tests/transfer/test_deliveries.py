@@ -69,3 +69,14 @@ def test_a_ledger_of_version_6_gets_the_table_of_studies(tmp_path: Path) -> None
     with Ledger(path) as ledger:
         ledger.runs.begins_study("flood", "d1")
         assert ledger.runs.unfinished() == {"flood": "me"}
+
+
+def test_a_ledger_of_version_8_gets_the_table_of_slots(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger._db.execute("DROP TABLE held")
+        ledger.runs.begins("run", "me")
+        ledger._db.execute("PRAGMA user_version=8")
+    with Ledger(path) as ledger:
+        ledger.held.note("lease", "pacs", "run", 1)
+        assert [one.owner for one in ledger.held.all()] == ["me"]
