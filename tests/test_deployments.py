@@ -108,11 +108,29 @@ def test_the_unit_of_a_server_has_what_the_others_have() -> None:
     text = (FOLDER / "talaria-prefect-server.service").read_text()
     ours = unit("talaria-prefect-server.service", given={}).env
     compose = composed()["server-a"].env
-    assert {name: value for name, value in ours.items() if name != "PREFECT_HOME"}.items() <= compose.items()
+    own = {"PREFECT_HOME", "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"}  # of one server
+    assert {name: value for name, value in ours.items() if name not in own}.items() <= compose.items()
     named = set(re.findall(r"PREFECT_\w+", text)) | {
         name for name in compose if "redis" in name.lower() + compose[name]
     }
     assert named >= {name for name in compose if name.startswith("PREFECT_")}
+
+
+def test_leases_of_slots_outlive_whoever_keeps_them() -> None:
+    """Seen: a server that began anew counted what had been held for ever; by default they are in its memory."""
+    storage, here = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "prefect.server.concurrency.lease_storage.filesystem"
+    ours = unit("talaria-prefect-server.service", given={})
+    assert ours.env[storage] == here and ours.env["PREFECT_HOME"] == "/var/lib/talaria-prefect"
+    assert "\nStateDirectory=talaria-prefect\n" in (FOLDER / "talaria-prefect-server.service").read_text()
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (started,) = [one for one in text.split("\n\n") if "prefect server start" in one]
+    assert f"export {storage}={here}\n" in started
+    kept = COMPOSE["services"]["redis"]
+    assert kept["command"][1:] == ["--appendonly", "yes"] and kept["volumes"] == ["messages:/data"]
+    (pod,) = [one["spec"] for one in of_kind("StatefulSet") if one["metadata"]["name"] == "redis"]
+    (redis,), (claim,) = pod["template"]["spec"]["containers"], pod["volumeClaimTemplates"]
+    assert redis["args"] == kept["command"]
+    assert redis["volumeMounts"] == [{"name": claim["metadata"]["name"], "mountPath": "/data"}]
 
 
 def test_prefect_deploy_makes_the_deployments_that_up_makes() -> None:
