@@ -104,6 +104,7 @@ class WadoRetrieval:
         self._missing: dict[tuple[str, str], WadoSeries] = {}  # what a server listed that was not here, by series
         self._short: set[str] = set()  # series that lack instances of UIDs that stand for other ones in the plan
         self._refused: dict[tuple[str, str], str] = {}  # why an instance of a series did not come
+        self._untaken: Counter[tuple[str, str]] = Counter()  # what came with a whole series, by it and the reason
         self._lost: list[DispatchError] = []  # what broke off each time, or could not be listed
         self._vain = 0  # series that were refused as a whole
         self._denied = 0  # instances, one after the other
@@ -156,7 +157,7 @@ class WadoRetrieval:
                 continue
             items[uid] = Item(f"{uid}.dcm", 0, 0, Header.of("", uid, "", one.study, one.uid, 0))
             self.report(items[uid], Outcome(Kind.REJECTED, text))
-        for (series, why), count in others.items():
+        for (series, why), count in {**self._untaken, **others}.items():
             self.notes.append(f"series {series}: {count} instances were not taken: {why}")
         for series, count in self.elsewhere.items():
             self.notes.append(f"series {series}: {count} instances are in another series as well, and come once")
@@ -353,6 +354,9 @@ class WadoRetrieval:
                 except Rejected as exc:
                     if job.instance:
                         self._refused[job.series.uid, job.instance] = exc.message
+                    else:
+                        with self._lock:
+                            self._untaken[job.series.uid, exc.message] += 1
                 except (Interrupted, TimedOut) as exc:
                     return exc
 

@@ -61,11 +61,17 @@ class Copies:
                 return "another one of the same UID could not be kept"
             time.sleep(LOOK_S)
             self._check()
-        if first.header is None or first.header.SeriesInstanceUID == series:
+        if first.header is None:
             return ""
+        here = first.header.SeriesInstanceUID == series
+        if here and first.header.TransferSyntaxUID != header.TransferSyntaxUID:
+            return ""  # asked for anew, it comes as this association has it
         with (self._folder / first.path).open("rb") as file:
             if not same(file.fileno(), first.header, fd, header, self._check):
-                return f"another instance of the same UID is in series {first.header.SeriesInstanceUID}"
+                where = "came before" if here else f"is in series {first.header.SeriesInstanceUID}"
+                return f"another instance of the same UID {where}"
+        if here:
+            return ""
         with self.lock:
             new = uid not in self.elsewhere[series]
             self.elsewhere[series].add(uid)

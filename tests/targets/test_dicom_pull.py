@@ -106,6 +106,23 @@ def test_one_uid_in_two_series_comes_once_and_what_differs_is_not_taken_for_it(
 
 
 @pytest.mark.parametrize("way", ["get", "move"])
+@pytest.mark.parametrize("alike", [True, False], ids=["copied", "other"])
+def test_one_uid_that_a_series_has_twice_comes_once_and_what_differs_is_said(
+    way: str, alike: bool, tmp_path: Path, port: int
+) -> None:
+    one = studies.dataset()
+    first = studies.encoded(one)
+    if not alike:
+        one.PixelData = bytes(len(one.PixelData))
+    with archive([first, studies.encoded(one)], accept=only(GETS if way == "move" else ()), ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert datasets(tmp_path / "in") == {peer.instances[0].uid: peer.instances[0].data}
+        assert peer.store_answers == [0, 0 if alike else 0x0124]
+        words = "1 instances were not taken: another instance of the same UID came before"
+        assert any(words in note for note in receipt.notes) is not alike
+
+
+@pytest.mark.parametrize("way", ["get", "move"])
 @pytest.mark.parametrize("quotes", ["short", "none"])
 def test_a_peers_words_are_said_as_its_target_allows_and_name_no_patient(
     way: str, quotes: str, tmp_path: Path, port: int
