@@ -7,12 +7,15 @@ from typing import Any
 
 from prefect import flow, get_client
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from tasks.checking import check_target, report_health, shown_live
-from tasks.dispatch import breaker
+from tasks.dispatch import breaker, running
 from tasks.dispatch.asked import name_run
+from tasks.dispatch.ends import Paused
+from tasks.dispatch.stoppable import in_thread
 from tasks.targets import load
+from transfer.errors import Cancelled as CheckCancelled
 from transfer.errors import DispatchError
 from transfer.home import Home
 
@@ -31,7 +34,11 @@ async def check(target: str, move: bool = False) -> State[Any]:
         async with get_client() as client:
             (found,) = await load(client, [target])
         with shown_live():
-            health = await asyncio.to_thread(check_target, found, move=move)
+            health = await in_thread("check", check_target, found, move)
+    except Paused as error:
+        return running.paused(error.message)
+    except CheckCancelled as error:
+        return Cancelled(message=error.message)
     except DispatchError as error:
         return Failed(message=str(error))
     await report_health(found, health)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,7 +42,7 @@ COLUMNS = ("name", "result", "ms", "detail")
 MORE: dict[str, Any] = {"error": "", "remedy": "", "facts": {}}  # what older checks don't have
 
 
-def check_target(target: Target, *, move: bool = False) -> Health:
+def check_target(target: Target, move: bool = False) -> Health:
     """Run a target's staged probes; ping its host meanwhile, which people want to see.
 
     Args:
@@ -76,15 +77,18 @@ def shown_live() -> Iterator[None]:
     if context is None or context.flow_run is None:
         raise RuntimeError("a check runs inside a flow run")
     run_id, probes = str(context.flow_run.id), list[dict[str, Any]]()
+    over = threading.Event()
 
     def show(probe: Probe) -> None:
         probes.append(probe.to_json())
-        live.write(home, run_id, live.PROBES, [json.dumps({"probes": probes}).encode()])
+        if not over.is_set():  # else somebody has stopped the run, and the probe only ended later
+            live.write(home, run_id, live.PROBES, [json.dumps({"probes": probes}).encode()])
 
     try:
         with watched(show):
             yield
     finally:
+        over.set()
         live.forget(home, run_id, live.PROBES)
 
 

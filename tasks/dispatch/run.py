@@ -35,6 +35,7 @@ from tasks.dispatch.report import pieces, progress_shown, report
 from tasks.dispatch.rest import Left, Wait
 from tasks.dispatch.slots import NoSlot, slots
 from tasks.dispatch.stage import Staged, keep_files, stage_files
+from tasks.dispatch.stoppable import GRACE_S, stoppable
 from tasks.dispatch.waiting import others_stand_in_line as others_stand
 from tasks.quiet import Quiet
 from tasks.targets import check_destination
@@ -51,8 +52,6 @@ from transfer.staging import Way, discard
 from transfer.studies import Each, listed
 
 R = TypeVar("R")
-LOOK_S = 0.25  # between two looks at the cancel flag
-GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelled run ends within 5
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
 TESTED = (*breaker.DEAD, Busy, DiskFull)  # after one of these a target is tested before its files are read again
 
@@ -360,16 +359,13 @@ class Dispatch:
 
     async def _stoppable(self, work: Awaitable[R], idle: Callable[[], bool] = lambda: False) -> R:
         """Wait for work; when the run is cancelled, let the work stop by itself, or cancel it if it is idle."""
-        task = asyncio.ensure_future(work)
-        while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+
+        def stops() -> bool:
             if self.paused.is_set():
                 self.cancelled.set()
-            if self.cancelled.is_set():
-                if not idle():
-                    await asyncio.wait([task], timeout=GRACE_S)
-                task.cancel()
-                break
-        return await task
+            return self.cancelled.is_set()
+
+        return await stoppable(work, stops, lambda: 0.0 if idle() else GRACE_S)
 
     async def conclude(self, dispatch_id: str = "", new: Sequence[Receipt] = ()) -> RunState[Any]:
         """Save the receipts and return the state in which the flow run ends its part, or all of it.

@@ -32,8 +32,9 @@ from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
 from tasks.dispatch.rest import Wait
-from tasks.dispatch.run import LOOK_S, SLOT_S
+from tasks.dispatch.run import SLOT_S
 from tasks.dispatch.slots import NoSlot
+from tasks.dispatch.stoppable import LOOK_S, stoppable
 from tasks.retrieve.dispatches import end_waiting
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
@@ -54,7 +55,7 @@ Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
 
 SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
 DISPATCHES = 2  # studies that are handed on at once
-GRACE_S = 4  # for a driver to stop by itself when the run is cancelled
+GRACE_S = 4.0  # for a driver to stop by itself when the run is cancelled
 HELD_S = 600.0  # for which a run waits in its worker for the next study; longer, and it gives its place back
 LATER_S = 60.0  # until a study is looked at again of which nobody knows what it waits for
 
@@ -204,15 +205,12 @@ class Retrieval:
 
     async def _stoppable(self, work: Awaitable[R], *, begun: bool) -> R:
         """Wait for work; when the run is cancelled, let the work stop by itself."""
-        task = asyncio.ensure_future(work)
-        while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
-            if self.cancelled.is_set() or (self.paused.is_set() and not begun):
-                if begun:
-                    await asyncio.wait([task], timeout=GRACE_S)
-                task.cancel()
-                break
+
+        def stops() -> bool:
+            return self.cancelled.is_set() or (self.paused.is_set() and not begun)
+
         try:
-            return await task
+            return await stoppable(work, stops, lambda: GRACE_S if begun else 0.0)
         except asyncio.CancelledError as exc:
             if not self._stopped():
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, NamedTuple
 
 from prefect import get_client
@@ -16,6 +15,7 @@ from imaging.query import Match, Query, counted
 from tasks import DRIVERS
 from tasks.dispatch import audited
 from tasks.dispatch.patience import patiently
+from tasks.dispatch.stoppable import in_thread
 from tasks.quiet import Quiet
 from tasks.targets import check_source, load
 from transfer.errors import Unread
@@ -39,11 +39,11 @@ async def search(source: str, query: Query) -> State[Any]:
     """Ask a target what it has; leave a table of it on the run.
 
     Raises:
-        DispatchError: the target can't be queried, or doesn't answer.
+        DispatchError: the target can't be queried, or doesn't answer; Paused, Cancelled: somebody has stopped the run.
     """
     target = await patiently(lambda: _load(source))
     check_source(target)
-    found = await asyncio.to_thread(_find, target, query, getattr(FlowRunContext.get(), "flow_run", None))
+    found = await in_thread("query", _find, target, query, getattr(FlowRunContext.get(), "flow_run", None))
     words = f"{counted(len(found.matches), query.level)} at {target.name}"
     rows = [_row(match) for match in found.matches[:MOST_ROWS]]
     await patiently(lambda: acreate_table_artifact(rows, "matches", words))
