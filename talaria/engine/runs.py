@@ -242,6 +242,8 @@ async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
     if flow_run.state is None or not flow_run.state.is_final():
         waits = flow_run.state is not None and flow_run.state.type is StateType.SCHEDULED
         raise Misconfigured(f"run {run_id} has not ended: {flow_run.state_name}{GOES_ON if waits else ''}")
+    if flow_run.parent_task_run_id is not None:
+        raise Misconfigured(f"run {run_id} is a part of a retrieval, which nobody begins alone: retry that one")
     if flow_run.labels.get(CRASHES):
         await client.update_flow_run_labels(run_id, {CRASHES: 0})
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.schemas.objects import State
+from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.states import Scheduled
@@ -18,7 +19,8 @@ from talaria.engine.due import come
 from transfer.ledger import Ledger
 
 RUN = "prefect.flow-run."
-QUEUE = "work-queue"  # role of the queue of a run, among the resources that are related to its events
+# Roles of a run's queue and pool, and of what the run calls it by that it is a part of, in its events.
+QUEUE, POOL, CALLER = "work-queue", "work-pool", "task-run"
 RESUMING = "Resuming"  # name that Prefect gives a run which is put back into the queue after a pause
 # What runs do by themselves, all the time.
 ORDINARY = [f"{RUN}{name}" for name in ("Pending", "heartbeat")]
@@ -34,6 +36,7 @@ class StateChange:
         before: type of the state before, "" if there was none.
         queue: name of the queue that it stands in.
         state: the state's id.
+        is_part: whether it is in no pool, but a part of another run.
     """
 
     run_id: UUID
@@ -42,6 +45,7 @@ class StateChange:
     before: str
     queue: str = ""
     state: UUID | None = None
+    is_part: bool = False
 
     @property
     def is_resumption(self) -> bool:
@@ -55,44 +59,50 @@ def resuming(ledger: Ledger) -> State[Any]:
 
 
 async def watch(
-    pool_id: Callable[[], Awaitable[UUID]], changed: Callable[[StateChange], None], connected: Callable[[bool], None]
+    resources: Callable[[], Awaitable[tuple[str, str]]],
+    changed: Callable[[StateChange], None],
+    connected: Callable[[bool], None],
 ) -> None:
-    """Report each change of the state of a run of a work pool, for ever.
+    """Report each change of the state of a run of a work pool, or of a part of a run, for ever.
 
     Events are lost while there is no connection, or come twice: `changed` must look at the server.
 
     Args:
-        pool_id: returns the pool's id.
+        resources: returns what events name as the pool, and as the flow of such parts.
         changed: called for each change.
         connected: called with True when the subscription has begun, with False when it has ended.
     """
     failures = 0
     while True:
         try:
+            pool, flow = await resources()
             about = EventFilter(
                 event=EventNameFilter(prefix=[RUN], exclude_name=ORDINARY),
-                any_resource=EventAnyResourceFilter(id=[f"prefect.work-pool.{await pool_id()}"]),
+                any_resource=EventAnyResourceFilter(id=[pool, flow]),
             )
             async with get_events_subscriber(about, reconnection_attempts=0) as events:
                 failures = 0
                 connected(True)
                 async for event in events:
-                    payload = event.payload.get("initial_state") or {}
-                    changed(
-                        StateChange(
-                            UUID(event.resource.id.removeprefix(RUN)),
-                            event.resource.get("prefect.state-type") or "",
-                            event.resource.get("prefect.state-name") or "",
-                            str(payload.get("type") or ""),
-                            next(
-                                (one.get("prefect.resource.name") or "" for one in event.related if one.role == QUEUE),
-                                "",
-                            ),
-                            event.id,
-                        )
-                    )
+                    change = _change(event)
+                    if change.is_part or any(one.id == pool for one in event.related):
+                        changed(change)
         except Exception as exc:  # whatever it is: the server is away, or refuses the subscription
             logger.debug("the subscription ended: %s", exc)
         connected(False)
         await asyncio.sleep(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
         failures += 1
+
+
+def _change(event: Event) -> StateChange:
+    before = event.payload.get("initial_state") or {}
+    names = {one.role: one.get("prefect.resource.name") or "" for one in event.related}
+    return StateChange(
+        UUID(event.resource.id.removeprefix(RUN)),
+        event.resource.get("prefect.state-type") or "",
+        event.resource.get("prefect.state-name") or "",
+        str(before.get("type") or ""),
+        names.get(QUEUE, ""),
+        event.id,
+        CALLER in names and POOL not in names,
+    )

@@ -42,6 +42,8 @@ from talaria.audit.forward import forwarding
 from talaria.engine import called, cancelled, hosts, lanes, logged, slots, stray
 from talaria.engine.aside import Aside
 from talaria.engine.due import MOST, Due, come, is_check
+from talaria.engine.heeding import HEED_S, heed, is_stop
+from talaria.engine.parts import RetrievalParts
 from talaria.engine.recovery import abandoned, settle, taken_over
 from talaria.engine.registry import CHECKS
 from talaria.engine.stray import LATE_S
@@ -61,7 +63,6 @@ SOON_S = NET_S + 10  # a run that is to begin by then gets an alarm of its own
 # Of one call, after 2 and 4 s; the worker looks again by itself, and may not sleep through a server's return.
 RETRIES = 2
 HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
-HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 BUSY_S = 0.1  # between two looks while something is under way: what comes meanwhile is found at once
 READY_LANES = 2
@@ -97,6 +98,7 @@ class Worker:
         self._jobs: set[asyncio.Task[None]] = set()
         self._looking_back, self._slots = cancelled.LookingBack(), slots.Slots(client, home, ledger, self.alive)
         self._aside = Aside(client, home, ledger)
+        self._parts = RetrievalParts(client, ledger, self.alive, self._called_back, self._do)
 
     async def serve(self) -> None:
         """Work until it is cancelled."""
@@ -110,7 +112,7 @@ class Worker:
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):  # lanes have contexts of their own
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(watch(self._pool_id, self._changed, self._connected))
+                    group.create_task(watch(self._resources, self._changed, self._connected))
                     group.create_task(self._take_runs())
                     group.create_task(self._beat())
                     group.create_task(self._look_again())
@@ -310,8 +312,8 @@ class Worker:
 
     # ---- what others make of runs
 
-    async def _pool_id(self) -> UUID:
-        return (await self.client.read_work_pool(self.pool)).id
+    async def _resources(self) -> tuple[str, str]:
+        return f"prefect.work-pool.{(await self.client.read_work_pool(self.pool)).id}", await self._parts.resource()
 
     def _connected(self, now: bool) -> None:
         if now:
@@ -322,14 +324,16 @@ class Worker:
             running.WATCHED.clear()
 
     def _changed(self, change: StateChange) -> None:
-        if change.run_id in self.active:
+        if change.is_part:
+            self._parts.changed(change)
+        elif change.run_id in self.active:
             if change.is_resumption:
                 self._resumed.add(change.run_id)
             elif change.type == "PAUSED":
                 self._resumed.discard(change.run_id)
             if change.name == running.PAUSING:
                 self._pausing.add(change.run_id)
-            if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
+            if is_stop(change.type, change.name):
                 self._do(self._heed_soon(change.run_id))
         elif change.type == "SCHEDULED" and not self._aside.knows(change):
             self._alarms = True
@@ -375,13 +379,7 @@ class Worker:
         for run_id, task in ours.items():
             if self.active.get(run_id) is not task:
                 continue  # it has ended meanwhile, and may have begun again: what was read is not its state
-            state = states.get(run_id)
-            if state is not None and (state.is_paused() or state.name == running.PAUSING):
-                running.pause(str(run_id)).set()
-            elif state is not None and state.name == called.RESTS:
-                pass  # called when it had begun by itself: it goes on, and is looked after once more when it has ended
-            elif state is None or state.type not in (StateType.PENDING, StateType.RUNNING):
-                running.flag(str(run_id)).set()
+            heed(str(run_id), states.get(run_id))
 
     async def _look_after(self, change: StateChange) -> None:
         await stray.look_after(self.client, self.ledger, self.alive, change)
@@ -432,6 +430,7 @@ class Worker:
             if run_id not in self.active and not await called.waits_elsewhere(self.client, self.ledger, run_id):
                 await self._bring_forward(run_id)
         await self._heed(list(self.active))
+        await self._parts.look()
         states = [StateType.CANCELLING, StateType.PENDING]
         found = await self.client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),

@@ -14,7 +14,9 @@ from tasks.dispatch import running
 
 async def is_left(flow_run_id: str) -> bool:
     """Return True if a run that was told to stop goes on in another process: nobody has cancelled it."""
-    return running.stopping() and not await is_cancelled(running.whole() or flow_run_id)
+    if not running.stopping():
+        return False
+    return not any([await is_cancelled(one) for one in {running.whole() or flow_run_id, flow_run_id}])
 
 
 async def is_cancelled(flow_run_id: str) -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from weakref import WeakSet
 
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Abort
@@ -34,7 +35,23 @@ class _Flag(threading.Event):
     """A flag that is set, without anybody who sets it, when this process's lease may have ended (`transfer.lease`).
 
     A process that was paused finds it so at its next look, before any thread of its could have told it.
+
+    Attributes:
+        parts: the flags of the run's parts, which are set with it.
+        is_part: whether the run is a part of another one.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: WeakSet[_Flag] = WeakSet()
+        self.is_part = False
+
+    def set(self) -> None:
+        super().set()
+        with _lock:
+            parts = [*self.parts]
+        for part in parts:
+            part.set()
 
     def is_set(self) -> bool:
         return super().is_set() or _past()
@@ -43,7 +60,7 @@ class _Flag(threading.Event):
         return self.is_set() or super().wait(timeout) or self.is_set()
 
 
-_flags: dict[str, threading.Event] = {}
+_flags: dict[str, _Flag] = {}
 _pauses: dict[str, threading.Event] = {}
 _calls: dict[str, threading.Event] = {}
 _whole: ContextVar[str] = ContextVar("whole", default="")
@@ -53,12 +70,19 @@ _stopping = threading.Event()
 def flag(flow_run_id: str) -> threading.Event:
     """Return the flag that stops a run; the same one for the same run."""
     with _lock:
-        return _flags.setdefault(flow_run_id, _flags.get(_whole.get()) or _Flag())
+        if flow_run_id not in _flags:
+            _flags[flow_run_id] = one = _Flag()
+            if whole := _flags.get(_whole.get()):
+                whole.parts.add(one)
+                one.is_part = True
+                if whole.is_set():
+                    one.set()
+        return _flags[flow_run_id]
 
 
 @contextmanager
 def part_of(flow_run_id: str) -> Iterator[None]:
-    """Make runs that begin in this context parts of another one: they share its flag."""
+    """Make runs that begin in this context parts of another one: what stops that one stops them, too."""
     token = _whole.set(flow_run_id)
     try:
         yield
@@ -106,6 +130,18 @@ def running() -> list[str]:
     """Return the ids of the runs that this process executes, and can stop."""
     with _lock:
         return list(_flags)
+
+
+def flags() -> dict[str, threading.Event]:
+    """Return the flags, by id, of the runs that this process executes, and can stop."""
+    with _lock:
+        return dict(_flags)
+
+
+def parts() -> dict[str, threading.Event]:
+    """Return the flags, by id, of those runs of this process that are parts of others."""
+    with _lock:
+        return {run_id: one for run_id, one in _flags.items() if one.is_part}
 
 
 def stopping() -> bool:

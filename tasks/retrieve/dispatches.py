@@ -6,7 +6,9 @@ sent in the run of another one, at that one's time. So we make these runs oursel
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -18,18 +20,21 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
+from prefect.exceptions import Abort, ObjectNotFound, Pause
 from prefect.flow_engine import run_flow
-from prefect.states import Cancelled, Pending
+from prefect.states import AwaitingRetry, Cancelled, Failed, Pending
 
-from tasks.dispatch import rest
+from tasks.dispatch import rest, running
 from tasks.dispatch.patience import patiently
 from tasks.paging import every
 from transfer.home import Home
 from transfer.ledger import Ledger
 
-WAITING = StateType.SCHEDULED, StateType.PAUSED, StateType.PENDING
+OPEN = [kind for kind in StateType if kind not in TERMINAL_STATES]
+RESTS = AwaitingRetry().name  # name of the state of one that waits by itself
+HELD = "held by somebody"  # begins the reason of a study whose dispatch goes on when somebody lets it
+HELD_S = 3_600.0  # between two looks at it, where nobody says that it goes on
 ENDED = "its retrieval has ended"  # what the state of a dispatch says that waited until then
 
 
@@ -44,7 +49,9 @@ async def dispatched(
     begins: Callable[[str], None],
     **more: Any,
 ) -> State[Any]:
-    """Run the dispatch of one study until it ends, or waits; return its state.
+    """Run the dispatch of one study until it ends, or waits; return its state, which others may have set.
+
+    It is Completed only where it has come to that by itself.
 
     Args:
         whole: id of the retrieval's run.
@@ -53,34 +60,76 @@ async def dispatched(
         begins: called with the run's id before anything is sent.
 
     Raises:
-        Pause, Abort: somebody has stopped or deleted the run.
+        Abort: somebody has deleted the run.
     """
     async with get_client() as client:
         flow_run = await patiently(lambda: _known(client, former)) if former else None
         state = flow_run.state if flow_run else None
-        if state and waited and (state.is_cancelling() or state.is_cancelled()) and state.message != ENDED:
-            return state  # somebody wants this study not to be sent
+        if waited and flow_run is None:
+            raise Abort(f"run {former} has been deleted")
+        if state and waited and _is_anothers(state):
+            return _as_failed(state)
         if flow_run is None or state is None or state.is_final():
             flow_run = await patiently(lambda: _made(client, flow, whole, {"paths": paths, "targets": targets, **more}))
         else:
             run_id = flow_run.id
             await patiently(lambda: client.set_flow_run_state(run_id, Pending(message="goes on"), force=True))
-    begins(str(flow_run.id))
-    running: Any = run_flow(flow, flow_run=flow_run, return_type="state")
-    ended: State[Any] = await running
-    return ended
+    run_id = flow_run.id
+    stop = running.flag(str(run_id))
+    begins(str(run_id))
+    try:
+        run: Any = run_flow(flow, flow_run=flow_run, return_type="state")
+        ended: State[Any] = await run
+    except Pause as exc:
+        if not isinstance(exc.state, State):
+            raise
+        ended = exc.state
+    finally:
+        running.forget(str(run_id))
+    if ended.is_cancelling():  # it had done all when it was to stop
+        cancelled: State[Any] = Cancelled(message="cancelled")
+        async with get_client() as client:
+            await patiently(lambda: client.set_flow_run_state(run_id, cancelled, force=True))
+        return cancelled
+    return _as_failed(ended) if stop.is_set() else ended
+
+
+def is_held(state: State[Any]) -> bool:
+    """Return True for the state of a dispatch that waits because somebody wants it to."""
+    later = state.state_details.scheduled_time
+    not_now = later is not None and later > datetime.now(UTC)
+    return state.is_paused() or (state.is_scheduled() and state.name != RESTS and not_now)
+
+
+def held_until(state: State[Any]) -> float:
+    """Return when to look again at one that is held, in seconds since the epoch: its event may get lost."""
+    later = state.state_details.scheduled_time if state.is_scheduled() else None
+    soonest = time.time() + HELD_S
+    return min(later.timestamp(), soonest) if later else soonest
+
+
+def _is_anothers(state: State[Any]) -> bool:
+    """Return True if a dispatch that waited has got a state since in which its study is not to be sent."""
+    over = state.is_final() or state.is_cancelling()
+    return is_held(state) or (over and state.message != ENDED)
+
+
+def _as_failed(state: State[Any]) -> State[Any]:
+    """Return a state that others have set, as the study sees it: to call it completed brings it nowhere."""
+    return Failed(message="somebody has set its dispatch Completed") if state.is_completed() else state
 
 
 async def end_waiting(client: PrefectClient, home: Home, whole: str) -> None:
     """Cancel the dispatches of a retrieval that wait: it has ended, and nobody goes on with them.
 
-    So are those that are Pending: a worker was killed between making one and beginning it.
+    So are those that nobody executes in any other state: a worker was killed between making one and beginning it, or
+    somebody has set that state.
     """
     waiting = await every(
         client.read_flow_runs,
         flow_run_filter=FlowRunFilter(
             parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[UUID(whole)]),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*WAITING])),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN)),
         ),
     )
     for one in waiting:

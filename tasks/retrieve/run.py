@@ -35,7 +35,7 @@ from tasks.dispatch.rest import Wait
 from tasks.dispatch.run import SLOT_S
 from tasks.dispatch.slots import NoSlot
 from tasks.dispatch.stoppable import LOOK_S, stoppable
-from tasks.retrieve.dispatches import end_waiting
+from tasks.retrieve.dispatches import HELD, end_waiting, held_until, is_held
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.moving import check_into, is_moved, move_into
@@ -294,7 +294,7 @@ class Retrieval:
             self._called.clear()
             self._next_round = 0.0
             for one in self._waiting():
-                one.again = 1.0 if one.reason.startswith(rest.TRIES_AGAIN) else one.again
+                one.again = 1.0 if one.reason.startswith((rest.TRIES_AGAIN, HELD)) else one.again
         now = time.time()
         due = [one for one in self._waiting() if every or one.again <= now] if now >= self._next_round else []
         if due and not self._stopped():
@@ -335,7 +335,7 @@ class Retrieval:
             if study.stage is Stage.DELIVERED:
                 self._in_vain.clear()
                 await asyncio.to_thread(discard, folder)
-            elif waited and study.again:
+            elif waited and study.again and not study.reason.startswith(HELD):
                 self._in_vain.append(study)
                 first = self._first()
                 self._next_round = first.again if first else 0.0
@@ -364,8 +364,11 @@ class Retrieval:
             study.stage, study.reason = Stage.FAILED, f"its dispatch was stopped by somebody else: {exc}"
             return
         study.targets = _targets(self.home, study.dispatch)
-        if state.type is StateType.COMPLETED:
+        arrived = bool(study.targets) and {*study.targets.values()} == {"delivered"}
+        if state.type is StateType.COMPLETED or arrived:  # whatever somebody has made of its run since
             study.stage, study.reason = Stage.DELIVERED, ""
+        elif is_held(state):
+            study.again, study.reason = held_until(state), f"{HELD}: its dispatch is {state.name}"
         elif state.type is StateType.SCHEDULED:
             later = datetime.now(UTC) + timedelta(seconds=LATER_S)
             study.again = (state.state_details.scheduled_time or later).timestamp()
@@ -388,7 +391,8 @@ class Retrieval:
         if first is None:
             return [*self._waits.values()]
         soon = first.reason.startswith(rest.TRIES_AGAIN)
-        one = Wait(datetime.fromtimestamp(first.again, UTC), rest.awaited(first.reason) or "its targets", soon)
+        what = "a dispatch to be resumed" if first.reason.startswith(HELD) else rest.awaited(first.reason)
+        one = Wait(datetime.fromtimestamp(first.again, UTC), what or "its targets", soon)
         return [*self._waits.values(), one]
 
     async def conclude(self) -> RunState[Any]:

@@ -6,6 +6,7 @@ The engine by itself, without a server: the dispatch of each study is the test's
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import shutil
@@ -21,7 +22,7 @@ from uuid import uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Abort
-from prefect.states import Completed, Failed, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
 from imaging.query import Query
@@ -138,7 +139,7 @@ def test_what_waits_for_a_target_fills_the_spool_and_the_run_goes_on_later(monke
     opening = datetime.now(UTC) + timedelta(hours=2)
 
     async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
-        return Scheduled(scheduled_time=opening, message="the window opens at ten")
+        return AwaitingRetry(scheduled_time=opening, message="the window opens at ten")
 
     with archive(three()) as peer:
         one = made(peer, send)
@@ -185,7 +186,7 @@ def test_what_waits_for_a_target_does_not_keep_the_next_study_from_being_fetched
 
     async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
         sent.append(paths[0])
-        state: State[Any] = Scheduled(scheduled_time=opening, message="the window opens at ten")
+        state: State[Any] = AwaitingRetry(scheduled_time=opening, message="the window opens at ten")
         return state
 
     monkeypatch.setenv("TALARIA_OFF_PEAK", window(-0.5))
@@ -284,6 +285,23 @@ def test_deliveries_of_a_retrieval_are_recorded_as_asked_for_by_whom_it_was() ->
     labelled = SimpleNamespace(labels={"talaria.by": "bert"}, created_by=SimpleNamespace(display_value="worker"))
     with audited.on_behalf_of("anna"):
         assert audited.requester(labelled) == "bert"
+
+
+@pytest.mark.parametrize("came", ["delivered", "cancelled"])
+def test_of_a_dispatch_that_others_have_stopped_its_receipt_decides(came: str) -> None:
+    """It may have been on the last of its files."""
+
+    async def send(paths: list[str], targets: list[str], begins: Any, **_: Any) -> State[Any]:
+        begins(f"stopped-{came}")
+        receipt = Home.current().receipt(f"stopped-{came}")
+        receipt.parent.mkdir(parents=True, exist_ok=True)
+        receipt.write_text(json.dumps({"targets": {"archive": {"state": came}}}))
+        return Cancelled(message="cancelled")
+
+    with archive(study("S1")) as peer:
+        one = made(peer, send, numbers="S1")
+        asyncio.run(one.run())
+    assert stages(one) == {"S1": Stage.DELIVERED if came == "delivered" else Stage.FAILED}
 
 
 def test_a_ledger_that_is_away_at_the_end_costs_a_retrieval_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
