@@ -37,8 +37,8 @@ FAILED, FILES, SOURCE = "failed", "files", "source.json"
 _READ = re.compile(rf"/{FAILED}/([^/]+)/{FILES}(/|$)")
 
 
-def keep(home: Home, run_id: str, plan: Plan, source: Path) -> bool:
-    """Keep the staged files of a run that was given up; return False if not all of them can be.
+def keep(home: Home, run_id: str, plan: Plan, source: Path) -> str:
+    """Keep the staged files of a run that was given up; return where, "" if not all of them can be.
 
     Args:
         plan: that of the staged files; its folder is taken away.
@@ -46,15 +46,15 @@ def keep(home: Home, run_id: str, plan: Plan, source: Path) -> bool:
     """
     folder = _folder(home, run_id)
     if source == folder / FILES:
-        return True  # it was read from here, and stays
+        return str(source)  # it was read from here, and stays
     if not plan.items or any(item.in_place or item.problem for item in plan.items):
-        return False
+        return ""
     discard(folder)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
     replace(folder / SOURCE, {"source": os.fsencode(source).hex()})
     os.rename(plan.root, folder / FILES)
-    return True
+    return str(folder / FILES)
 
 
 def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from transfer import roots
 from transfer.home import host_name
 
+HOST = "talaria.host"  # label of a run: where its files are, whatever its queue
+KEPT = "talaria.kept"  # and where on that host those are that were kept of it when it was given up
 SOURCES, PLACES = "TALARIA_SHARED_SOURCES", "TALARIA_SHARED_PLACES"
 
 

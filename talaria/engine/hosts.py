@@ -21,18 +21,18 @@ from prefect.client.schemas.objects import FlowRun
 from transfer import roots
 from transfer.errors import DispatchError
 from transfer.home import host_name
+from transfer.shared import HOST as HOST
 from transfer.shared import SOURCES as SHARED
 from transfer.shared import several as several
 from transfer.silent import looked
 from transfer.studies import Each, listed
 
-HOST = "talaria.host"  # label of a run: where its files are, whatever its queue
 AT = "@"  # between a queue's name and its host's
 
 
 def own(queue: str) -> str:
     """Return the name of this host's own queue beside an ordinary one."""
-    return f"{queue}{AT}{host_name()}"
+    return queue_of(queue, host_name())
 
 
 def of_queue(queue: str | None) -> str:
@@ -43,6 +43,11 @@ def of_queue(queue: str | None) -> str:
 async def queue_for(queue: str, parameters: Mapping[str, Any]) -> str:
     """Return the queue for a run of these parameters that this host is asked for."""
     return queue if not several() or await _everywhere(parameters) else own(queue)
+
+
+def queue_of(queue: str, host: str) -> str:
+    """Return the queue of a host beside an ordinary one."""
+    return f"{queue}{AT}{host}"
 
 
 async def here(flow_runs: Iterable[FlowRun]) -> list[FlowRun]:
@@ -91,7 +96,7 @@ async def may_leave(flow_run: FlowRun) -> bool:
 
 
 def where_it_waits(flow_run: FlowRun) -> str:
-    """Return the other host that a run waits for; "" if this one, or any, may run it."""
+    """Return the other host that has a run's files; "" if this one, or any, may run it."""
     host = _host(flow_run)
     return "" if host == host_name() or not several() else host
 

@@ -72,6 +72,7 @@ async def create(
     key: str | None = None,
     by: str = "",
     show_plan: bool = False,
+    host: str = "",
 ) -> FlowRun:
     """Create a flow run of one of our deployments, to begin now or at a given time.
 
@@ -79,6 +80,7 @@ async def create(
         key: idempotency key; the same key again gives the same run.
         by: who asked for it.
         show_plan: whether the worker is to show what it is going to do (`transfer.live`).
+        host: the one that must run it, if it is another one.
 
     Raises:
         Misconfigured: the parameters are longer than the server keeps.
@@ -89,7 +91,7 @@ async def create(
             deployment.id,
             parameters=parameters,
             name=name,
-            work_queue_name=await hosts.queue_for(queue, parameters),
+            work_queue_name=hosts.queue_of(queue, host) if host else await hosts.queue_for(queue, parameters),
             state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
             idempotency_key=key,
             labels=({live.BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),

@@ -44,6 +44,7 @@ async def create_dispatch(
     each: str = "",
     key: str = "",
     planned: bool = False,
+    host: str = "",
 ) -> dict[str, Any]:
     """Put a dispatch into the queue. The files are read where it is sent from, when its turn has come.
 
@@ -52,6 +53,7 @@ async def create_dispatch(
         each: what is a study of its own, as `transfer.studies.Each`; "" if all is one.
         key: idempotency key; the same key again gives the same dispatch, not a second one.
         planned: wait a little for the worker to read the files, and return what it is going to do.
+        host: the one that has the files, if it is another one.
 
     Raises:
         NotFound, Misconfigured, Denied: there is no such target or path, or nothing to send.
@@ -60,7 +62,7 @@ async def create_dispatch(
     check_asked(paths, targets)
     for target in await load(office.client, targets, secrets=False):
         check_destination(target)
-    if office.embedded:  # else the files are another machine's
+    if office.embedded and not host:  # else the files are another machine's
         await asyncio.to_thread(look, paths, patterns(exclude))
     parameters = {
         "paths": paths,
@@ -75,7 +77,8 @@ async def create_dispatch(
         "each": each,
     }
     name = unplanned(targets)
-    flow_run = await queued(office, "dispatch", parameters, name, priority, key, what="dispatch", show_plan=planned)
+    what = office, "dispatch", parameters, name, priority, key
+    flow_run = await queued(*what, what="dispatch", show_plan=planned, host=host)
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
     document = await _planned(office, flow_run) if planned and fresh and not each else None
     return {"run": line(flow_run)} | (document or await _of_queue(office, flow_run, targets))

@@ -13,7 +13,7 @@ from uuid import UUID
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectException
 
-from talaria.engine import recovery, runs
+from talaria.engine import hosts, recovery, runs
 from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
 from tasks.crashed import is_over
@@ -27,7 +27,7 @@ from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
 from tasks.sources.elsewhere import lent_units
 from tasks.targets import check_destination, load
-from transfer import deadletters
+from transfer import deadletters, shared
 from transfer.accessions import accessions
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
@@ -142,7 +142,7 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     """Send the files of a dispatch to other targets, in a dispatch of its own.
 
     Raises:
-        NotFound: all of what a source has dispatched has left it.
+        NotFound: all of what a source has dispatched has left it. Misconfigured: that source is another host's.
     """
     from talaria.service.dispatches import create_dispatch  # it uses this module
 
@@ -151,12 +151,19 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     check_asked(asked["paths"], to)
     for target in await load(office.client, to, secrets=False):
         check_destination(target)  # before anything is kept for it
-    if asked.get("each") == Each.UNIT:
+    if host := hosts.where_it_waits(flow_run):
+        if asked.get("each") == Each.UNIT:
+            raise Misconfigured(
+                f"what it sent is in a source of the host {host}: `talaria jobs send {flow_run.id}` there"
+            )
+        there = flow_run.labels.get(shared.KEPT)
+        asked["paths"] = [str(there)] if there else asked["paths"]
+    elif asked.get("each") == Each.UNIT:
         units = [str(row["study"]) for row in (await result(office, flow_run)).get("studies", ())]
         asked["paths"] = await lent_units(office.client, office.home, asked["paths"], units)
     else:
         asked["paths"] = await asyncio.to_thread(deadletters.lend, office.home, str(flow_run.id), asked["paths"])
-    return await create_dispatch(office, targets=to, **asked)
+    return await create_dispatch(office, targets=to, host=host, **asked)
 
 
 async def cancel_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
@@ -197,18 +204,20 @@ async def queued(
     *,
     what: str = "job",
     show_plan: bool = False,
+    host: str = "",
 ) -> FlowRun:
     """Put a run into a queue for the user who asks.
 
     Args:
         key: idempotency key; the same key again gives the same run, not a second one.
+        host: the one that must run it, if it is another one.
 
     Raises:
         Conflict: the key was used for something else.
     """
     own = f"{office.user}:{key}" if key else None
     flow_run = await runs.create(
-        office.client, flow, parameters, name, queue, key=own, by=office.user, show_plan=show_plan
+        office.client, flow, parameters, name, queue, key=own, by=office.user, show_plan=show_plan, host=host
     )
     await recorded.job(office, flow_run, "asked")
     if key and flow_run.parameters != parameters:

@@ -409,7 +409,7 @@ class Dispatch:
             return AwaitingRetry(scheduled_time=first, message=rest.message(self.waits.values(), message))
         staged = self.staged, self.staging, self.cancelled
         unsent = any(one.unsent for one in receipts)
-        await asyncio.to_thread(keep_files, self.home, self.flow_run_id, *staged, state, unsent)
+        await keep_files(self.home, self.flow_run_id, *staged, state, unsent)
         if state is State.DELIVERED:
             return Completed(message=message)
         return Cancelled(message=message) if state is State.CANCELLED else Failed(message=message)

@@ -28,8 +28,9 @@ from prefect.states import AwaitingRetry, Cancelled, Failed, Pending
 from tasks.dispatch import rest, running
 from tasks.dispatch.patience import patiently
 from tasks.paging import every
-from transfer.home import Home
+from transfer.home import Home, host_name
 from transfer.ledger import Ledger
+from transfer.shared import HOST, several
 
 OPEN = [kind for kind in StateType if kind not in TERMINAL_STATES]
 RESTS = AwaitingRetry().name  # name of the state of one that waits by itself
@@ -151,6 +152,8 @@ async def _made(client: PrefectClient, flow: Flow[..., Any], whole: str, paramet
     key = uuid4().hex
     shown = Task(name=flow.name, fn=flow.fn)
     task_run = await client.create_task_run(shown, UUID(whole), key, name=f"{flow.name}-{key[:8]}", state=Pending())
-    return await client.create_flow_run(
-        flow, parameters=flow.serialize_parameters(parameters), state=Pending(), parent_task_run_id=task_run.id
-    )
+    asked = flow.serialize_parameters(parameters)
+    made = await client.create_flow_run(flow, parameters=asked, state=Pending(), parent_task_run_id=task_run.id)
+    if several():  # what it sends is fetched here, and who sends it elsewhere must know where that is
+        await client.update_flow_run_labels(made.id, {HOST: host_name()})
+    return made

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +27,18 @@ from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, tak
 from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange
 from talaria.engine.worker import LOST, Worker
+from talaria.service import Office, dispatches, jobs
+from talaria.testing import studies
 from talaria.testing.process import until
-from tasks.dispatch import line, running
+from tasks.dispatch import line, running, stage
 from transfer import silent
-from transfer.errors import LedgerAway
+from transfer.errors import LedgerAway, Misconfigured
 from transfer.home import Home
 from transfer.lease import Lease, living
 from transfer.ledger import Ledger
+from transfer.receipt import State as Ended
 from transfer.runs import Runs
+from transfer.shared import KEPT
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +143,69 @@ def test_a_share_that_does_not_answer_keeps_no_other_run_from_its_beginning(
     finally:
         answers.set()
     until(lambda: asyncio.run(hosts.here(runs)) == runs)
+
+
+def test_what_another_host_has_is_sent_elsewhere_by_that_one(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host that was asked looked for it on its own disk: there was no such file, or another one."""
+    made: list[dict[str, Any]] = []
+    by_source = a_run("normal@there", tmp_path / "units.jsonl")
+    by_source.parameters["each"] = "unit"
+    kept = a_run("normal", shared / "study", label="there")
+    kept.labels[KEPT] = "/home/there/failed/1/files"
+    runs = {"own": a_run("normal@there", tmp_path), "kept": kept, "ours": a_run("normal@here", tmp_path)}
+
+    async def found(office: Office, job: str, kinds: tuple[str, ...]) -> FlowRun:
+        return (runs | {"source": by_source})[job]
+
+    async def create(office: Office, **asked: Any) -> dict[str, Any]:
+        made.append(asked)
+        return asked
+
+    async def no_target(*_: Any, **__: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr(jobs, "found", found)
+    monkeypatch.setattr(jobs, "load", no_target)
+    monkeypatch.setattr(dispatches, "create_dispatch", create)
+    office = Office(cast(PrefectClient, None), Home(tmp_path), embedded=False)
+    for job in runs:
+        asyncio.run(jobs.send_job(office, job, ["archive"]))
+    assert [(one["paths"], one["host"]) for one in made] == [
+        ([str(tmp_path)], "there"),
+        (["/home/there/failed/1/files"], "there"),
+        ([str(tmp_path)], ""),
+    ]
+    with pytest.raises(Misconfigured, match="a source of the host there"):
+        asyncio.run(jobs.send_job(office, "source", ["archive"]))
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_run_of_which_files_are_kept_stays_with_its_host(
+    several: bool, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its retry went to any host, and ended there as its source was gone."""
+    run, server = a_run("normal", shared / "study"), Server(a_run("normal"))
+    server.run = run
+    studies.ct(shared / "study", 1)
+    if not several:
+        monkeypatch.delenv("TALARIA_LEDGER")
+    monkeypatch.setattr(stage, "get_client", lambda: nullcontext(server))
+    context = SimpleNamespace(parameters=run.parameters, flow_run=run)
+    monkeypatch.setattr(stage, "FlowRunContext", SimpleNamespace(get=lambda: context))
+    home, flag = Home(tmp_path / "home"), threading.Event()
+    home.root.mkdir()
+
+    def ends(state: Ended) -> None:
+        asyncio.run(stage.keep_files(home, str(run.id), None, home.staging / "x", flag, state, unsent=True))
+
+    ends(Ended.FAILED)
+    files = home.root / "failed" / str(run.id) / "files"
+    assert files.is_dir() and run.labels == ({hosts.HOST: "here", KEPT: str(files)} if several else {})
+    assert is_here(run) and must_stay(run) is False
+    ends(Ended.DELIVERED)
+    assert files.is_dir() is several, "another host may have been asked to send it elsewhere"
 
 
 def a_retrieval(queue: str = "normal", label: str = "", **parameters: Any) -> FlowRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -119,13 +120,17 @@ def test_a_server_and_a_host_die_and_nothing_is_lost_or_sent_twice(tmp_path: Pat
 
 
 def test_hosts_share_what_they_know_of_a_target_and_the_line_before_it(tmp_path: Path) -> None:
-    """What one host finds dead the other doesn't try, and a slot that one gives back goes to who waits at the other."""
+    """What one host finds dead the other doesn't try, and a slot that one gives back goes to who waits at the other.
+
+    What one has kept of a dispatch that was given up is sent by that one, whichever is asked.
+    """
+    shared = {"TALARIA_SHARED_SOURCES": str(tmp_path / "shared"), "TALARIA_SHARED_PLACES": str(tmp_path / "places")}
     with (
         storescp(tmp_path / "pacs") as pacs,
         relay(pacs.port, stall_after=0) as link,
         prefect_servers(tmp_path, 1) as servers,
-        servers.host("first", 0) as first,
-        servers.host("second", 0) as second,
+        servers.host("first", 0, **shared) as first,
+        servers.host("second", 0, **shared) as second,
     ):
         studies.ct(tmp_path / "long", 40)
         studies.ct(tmp_path / "short", 1)
@@ -160,3 +165,22 @@ def test_hosts_share_what_they_know_of_a_target_and_the_line_before_it(tmp_path:
         link.stall_after = None
         second.until(lambda: all(state(run)["type"] == "COMPLETED" for run in runs), 180)
         assert breaker(first) == breaker(second) == {"state": "closed"}
+
+        studies.ct(tmp_path / "shared" / "study", 2)
+        places = {name: tmp_path / "places" / name for name in ("lost", "found")}
+        (tmp_path / "places" / "found").mkdir(parents=True)
+        first.apply(**{name: {"type": "folder", "folder": str(path)} for name, path in places.items()})
+        given_up = send(first, "shared/study", "lost")
+        first.until(lambda: state(given_up)["type"] == "FAILED")
+        has_files = first if (first.home / "failed" / given_up).exists() else second
+        asked = second if has_files is first else first
+        shutil.rmtree(tmp_path / "shared" / "study")
+        sent = asked.told("jobs", "send", given_up, "--to", "found")
+        assert sent["state"] == "delivered" and sent["targets"]["found"]["delivered"] == 2
+        queue = f"normal@{'first' if has_files is first else 'second'}"
+        assert servers.api("GET", f"/flow_runs/{sent['flow_run_id']}", 0)["work_queue_name"] == queue
+        places["lost"].mkdir()
+        assert asked.told("jobs", "retry", given_up)["state"] == "delivered"
+        own = asked.told("jobs", "send", waiting, "--to", "found")  # of a folder of the second host's
+        assert own["state"] == "delivered"
+        assert servers.api("GET", f"/flow_runs/{own['flow_run_id']}", 0)["work_queue_name"] == "normal@second"
