@@ -43,7 +43,7 @@ class Uses:
 
     def __str__(self) -> str:
         """Return all of them in words, the runs up to SHOWN."""
-        said = [f"{kind_of(run)} {str(run.id)[:8]}" for run in self.runs[:SHOWN]]
+        said = [f"{kind_of(run)} {run.id}" for run in self.runs[:SHOWN]]  # as `talaria jobs show` takes it
         said += [f"{len(self.runs) - SHOWN} more of them"] if len(self.runs) > SHOWN else []
         said += [f"source {name}" for name in self.sources]
         return ", ".join([*said, *(f"the schedule of deployment {name}" for _, name in self.schedules)])

@@ -291,7 +291,7 @@ def test_a_target_that_is_used_is_neither_deleted_nor_renamed_and_says_by_what(
     flow = up.api("GET", f"/flow_runs/{run}")
     schedule = {"schedule": {"interval": 864_000}, "active": False, "parameters": {"targets": [name], "paths": ["/x"]}}
     made = up.as_worker("POST", f"/deployments/{flow['deployment_id']}/schedules", [schedule])
-    refused("as long as this uses it", "Source feeds", run[:8], "Schedule of the deployment dispatch/talaria")
+    refused("as long as this uses it", "Source feeds", run, "Schedule of the deployment dispatch/talaria")
     up.as_worker("DELETE", f"/deployments/{flow['deployment_id']}/schedules/{made[0]['id']}", {})
     admin.post("/talaria/sources/feeds/remove", {})
     admin.post(f"/talaria/dispatches/{run}/cancel", {})
