@@ -84,12 +84,15 @@ def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet
 
 
 class Commands:
-    """Reads command sets, of which most are those of another: all answers to a query, all requests but their UIDs."""
+    """Reads command sets, of which most are those of another: all answers to a query, all requests but their UIDs.
+
+    What comes between two requests for instances, as a peer's count of them does, makes no difference to these.
+    """
 
     def __init__(self) -> None:
-        self._raw = b""
-        self._command = decoded(b"")
-        self._values = (0, 0, 0, 0)  # begin and end of message ID and instance UID, if they are in this order
+        self._raw, self._command = b"", decoded(b"")  # the last one
+        self._model, self._length = self._command, -1  # the last one that others may follow, and its bytes
+        self._values = (0, 0, 0, 0)  # begin and end of its message ID and instance UID
         self._same = (b"", b"", b"")  # what stands before, between and behind these
 
     def read(self, raw: bytes, context: int) -> CommandSet:
@@ -98,26 +101,31 @@ class Commands:
             return self._command
         begin, end, uid, uid_end = self._values
         before, between, behind = self._same
-        alike = uid_end and len(raw) == len(self._raw) and raw.startswith(before) and raw.endswith(behind)
+        alike = len(raw) == self._length and raw.startswith(before) and raw.endswith(behind)
         if alike and raw.startswith(between, end):
-            self._command, self._raw = self._command.following(raw[begin:end], raw[uid:uid_end], context), raw
-            return self._command
-        self._command, self._raw = decoded(raw, context), raw
-        self._values = begin, end, uid, uid_end = self._found(raw)
-        self._same = raw[:begin], raw[end:uid], raw[uid_end:]
-        return self._command
+            command = self._model.following(raw[begin:end], raw[uid:uid_end], context)
+        else:
+            command = decoded(raw, context)
+            if AFFECTED_INSTANCE in command:
+                self._learn(raw, command)
+        self._command, self._raw = command, raw
+        return command
 
-    def _found(self, raw: bytes) -> tuple[int, int, int, int]:
+    def _learn(self, raw: bytes, command: CommandSet) -> None:
+        """Let others follow a command set, if message ID and instance UID stand in it once and in this order."""
         places: dict[int, tuple[int, int]] = {}
         pos = 0
         while pos + 8 <= len(raw):
             group, element, length = _ELEMENT.unpack_from(raw, pos)
             if group or element in places or pos + 8 + length > len(raw):
-                return 0, 0, 0, 0
+                return
             places[element] = pos + 8, pos + 8 + length
             pos += 8 + length
         (begin, end), (uid, uid_end) = places.get(MESSAGE_ID, (0, 0)), places.get(AFFECTED_INSTANCE, (0, 0))
-        return (begin, end, uid, uid_end) if 0 < begin < uid else (0, 0, 0, 0)
+        if 0 < begin < uid:
+            self._model, self._length = command, len(raw)
+            self._values = begin, end, uid, uid_end
+            self._same = raw[:begin], raw[end:uid], raw[uid_end:]
 
 
 def encoded(elements: dict[int, int | str | bytes]) -> bytes:

@@ -11,8 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.dimse import stream
-from protocols.dimse.command import AFFECTED_CLASS, AFFECTED_INSTANCE, MESSAGE_ID, Commands, decoded, encoded
+from protocols.dimse import command, stream
+from protocols.dimse.command import (
+    AFFECTED_CLASS,
+    AFFECTED_INSTANCE,
+    DATASET_TYPE,
+    FIELD,
+    MESSAGE_ID,
+    REMAINING,
+    RESPONDED_TO,
+    STATUS,
+    Commands,
+    decoded,
+    encoded,
+)
 from protocols.dimse.direct import associate
 from protocols.dimse.message import VERIFICATION
 from protocols.dimse.receive import Responder, response
@@ -145,6 +157,28 @@ def raw_request(order: tuple[int, ...], sop_class: bytes, number: int, uid: byte
     return made[:-3] if cut else made
 
 
+PENDING = encoded({FIELD: 0x8010, RESPONDED_TO: 1, DATASET_TYPE: 0x0101, STATUS: 0xFF00, REMAINING: 7})
+
+
+def test_a_count_between_two_requests_costs_them_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some peers tell after each instance how many are left: the request before still serves to read the next one."""
+    walked: list[bytes] = []
+
+    def noted(raw: bytes, context: int = 0) -> command.CommandSet:
+        walked.append(raw)
+        return decoded(raw, context)
+
+    monkeypatch.setattr(command, "decoded", noted)
+    commands = Commands()
+    order = (AFFECTED_CLASS, MESSAGE_ID, AFFECTED_INSTANCE)
+    raws = [raw_request(order, CT.encode(), number, b"1.2.3.%d" % number, False) for number in range(4)]
+    for number, raw in enumerate(raws):
+        read = commands.read(raw, 3)
+        assert (read.number(MESSAGE_ID), read.uid(AFFECTED_INSTANCE)) == (number, f"1.2.3.{number}")
+        assert commands.read(PENDING, 1).number(REMAINING) == 7
+    assert [raw for raw in walked if raw in raws] == raws[:1]
+
+
 @given(requests, st.booleans())
 def test_command_sets_are_read_as_if_each_came_alone(made: list[tuple[tuple[int, ...], bytes, int, bytes, bool]],
                                                      twice: bool) -> None:  # fmt: skip
@@ -154,6 +188,7 @@ def test_command_sets_are_read_as_if_each_came_alone(made: list[tuple[tuple[int,
         for _ in range(1 + twice):
             read = commands.read(raw, 7)
             assert read == decoded(raw, 7) and read.context == 7
+            assert commands.read(PENDING, 5) == decoded(PENDING, 5)
     assert not commands.read(b"", 9) and commands.read(b"", 11).context == 11
 
 
