@@ -197,8 +197,10 @@ class Pull:
 
     def _lacks(self, one: PulledSeries) -> bool:
         """Return True if something of a series is not here, as far as is known."""
-        if one.all_listed or self._missing(one):
-            return bool(self._missing(one))
+        if any(not self._copies.has(one.uid, uid) for uid in one.images or ()):
+            return True
+        if one.all_listed:
+            return False
         if one.announced is not None:
             return self._counts[one.uid] < one.announced
         return not (one.answers and one.answers[-1].whole)
