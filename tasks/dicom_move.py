@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 from imaging.query import Match
-from protocols.dimse.moves import MoveDestination
+from protocols.dimse.moves import MoveDestination, cannot_come
 from protocols.dimse.pull import Pull
 from protocols.dimse.query import finder
 from protocols.dimse.sample import Sample, Sampler
@@ -45,8 +45,8 @@ def probe_move(health: Health, peer: Peer, quote: Callable[[str], str]) -> None:
             if time.monotonic() > end:
                 raise TimedOut(f"{peer.where}: the move of one instance took longer than {LONGEST_S:g} s")
 
-        if not at.port:
-            _skip(probe, "scp_port is 0, so that C-MOVE is never used")
+        if obstacle := cannot_come(peer, at):
+            _skip(probe, obstacle)
         elif not grants(peer)[1]:
             _skip(probe, "the peer does not grant C-MOVE")
         elif sample := _sampled(peer, probe, check):

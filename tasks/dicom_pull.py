@@ -11,7 +11,7 @@ from imaging.query import Match, Query, text
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.direct import associate
 from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
-from protocols.dimse.moves import MoveDestination
+from protocols.dimse.moves import MoveDestination, cannot_come
 from protocols.dimse.pull import Pull
 from protocols.dimse.query import finder
 from protocols.dimse.search import PeerSearch
@@ -122,8 +122,8 @@ def granted(peer: Peer) -> str:
         return f"C-GET is granted, {'and C-MOVE' if has_move else 'C-MOVE is not'}"
     if not has_move:
         raise Misconfigured(f"{peer.where}: the peer grants neither C-GET nor C-MOVE: it can't be pulled from")
-    if not at.port:
-        raise Misconfigured(f"{peer.where}: the peer grants C-MOVE only: set scp_port, where it is to send to")
+    if obstacle := cannot_come(peer, at):
+        raise Misconfigured(f"{peer.where}: the peer grants C-MOVE only, and {obstacle}")
     return f"C-MOVE is granted, C-GET is not: {at.aet}, port {at.port}, must be registered there as a destination"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from protocols.dimse.command import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 from protocols.dimse.ports import shared
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
-from protocols.dimse.scp import CALLING_UNKNOWN, Refusal, StorageScp
+from protocols.dimse.scp import CALLING_UNKNOWN, NO_REASON, Refusal, StorageScp
 from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.transport import Peer
 
@@ -38,18 +39,33 @@ class Strangers(set[str]):
 
     Args:
         host: as its peer's settings name it.
+
+    Attributes:
+        plain: those of the host that came without TLS, which is demanded.
+        broken: those of the host with which a TLS handshake failed, and why.
     """
 
     def __init__(self, host: str) -> None:
         super().__init__()
         self.host = host
+        self.plain, self.broken = set[str](), dict[str, str]()
 
     def __str__(self) -> str:
         """Return what to say of them, behind another sentence; "" if there were none."""
-        if not self:
-            return ""
-        some = ", ".join(sorted(self)[:MOST_NAMED])
-        return f"; associations from {some} were refused: that is no address of {self.host}, as the target names it"
+        said = ""
+        if self:
+            refused = f"associations from {_some(self)} were refused"
+            said += f"; {refused}: that is no address of {self.host}, as the target names it"
+        if self.plain:
+            refused = f"associations without TLS from {_some(self.plain)} were refused"
+            said += f"; {refused}: have the peer send to this destination over TLS, as the target does"
+        for address in sorted(self.broken)[:MOST_NAMED]:
+            said += f"; the TLS handshake with {address} failed: {self.broken[address]}"
+        return said
+
+
+def _some(addresses: set[str]) -> str:
+    return ", ".join(sorted(addresses)[:MOST_NAMED])
 
 
 @dataclass(eq=False)
@@ -62,6 +78,7 @@ class Expected:
         hosts: addresses that they may come from.
         instances: their UIDs, None if they are not known.
         strangers: takes the addresses from which associations are refused meanwhile.
+        tls: with which they are to come; None if they may come in clear.
     """
 
     originators: frozenset[str]
@@ -69,7 +86,12 @@ class Expected:
     hosts: frozenset[str]
     instances: frozenset[str] | None
     depot: Depot
-    strangers: set[str] = field(default_factory=set, repr=False)
+    strangers: Strangers = field(repr=False)
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+
+    def takes(self, caller: Caller) -> bool:
+        """Return whether what it brings may come from a peer."""
+        return caller.host in self.hosts and (caller.tls or self.tls is None)
 
     def last_heard(self) -> float:
         """Return when something was last received."""
@@ -95,12 +117,33 @@ class MoveDesk:
                 self._expected.remove(one)
 
     def admit(self, caller: Caller) -> MoveVisit | Refusal:
-        """Admit a peer if something was requested from one at its address."""
+        """Admit a peer if something was requested from one at its address, over TLS where that is demanded."""
         with self._lock:
-            expected = any(caller.host in one.hosts for one in self._expected)
-            for one in self._expected if not expected else ():
-                one.strangers.add(caller.host)
-        return MoveVisit(self, caller) if expected else CALLING_UNKNOWN
+            if any(one.takes(caller) for one in self._expected):
+                return MoveVisit(self, caller)
+            here = self._expected_from(caller.host)
+            for one in here:
+                one.strangers.plain.add(caller.host)
+            return NO_REASON if here else CALLING_UNKNOWN
+
+    def context(self, host: str) -> ssl.SSLContext | None:
+        """Return what TLS to use with a peer: that of what was requested from its address."""
+        with self._lock:
+            return next((one.tls for one in self._expected_from(host) if one.tls is not None), None)
+
+    def failed(self, host: str, why: str) -> None:
+        """Note that a TLS handshake with a peer came to nothing."""
+        with self._lock:
+            for one in self._expected:
+                if host in one.hosts:
+                    one.strangers.broken[host] = why
+
+    def _expected_from(self, host: str) -> list[Expected]:
+        """Return what is expected from an address; where that is nothing, who expects something hears of it."""
+        found = [one for one in self._expected if host in one.hosts]
+        for one in self._expected if not found else ():
+            one.strangers.add(host)
+        return found
 
     def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
         """Return the folder for an instance, or None and the status to refuse it with."""
@@ -113,7 +156,7 @@ class MoveDesk:
             found = [
                 one
                 for one in self._expected
-                if caller.host in one.hosts
+                if one.takes(caller)
                 and (number is None or one.message_id == number)
                 and (not originator or originator in one.originators)
             ]
@@ -155,22 +198,30 @@ def addresses(host: str, port: int) -> frozenset[str]:
 DESK = MoveDesk()
 
 
+def cannot_come(peer: Peer, at: MoveDestination) -> str:
+    """Return why a peer can't send here by C-MOVE, and what to set; "" if it can."""
+    if not at.port:
+        return "no port is set for the Storage SCP that C-MOVE would send to: set scp_port"
+    if peer.tls and not peer.tls.cert:
+        return "C-MOVE sends over TLS connections that the peer opens: set tls_cert and tls_key, which answer it"
+    return ""
+
+
 @contextmanager
-def listening(at: MoveDestination, peer: Peer, check: Callable[[], None]) -> Iterator[None]:
-    """Have the Storage SCP accept what is expected of a peer, until the block ends.
+def listening(at: MoveDestination, peer: Peer, check: Callable[[], None]) -> Iterator[ssl.SSLContext | None]:
+    """Have the Storage SCP accept what is expected, until the block ends; yields the TLS with which a peer is to come.
 
     Raises:
-        Misconfigured: the port can't be listened on.
+        Misconfigured: the port can't be listened on, or the peer's TLS settings can't be used for that.
     """
-    context = peer.tls.server() if peer.tls and peer.tls.cert else None
     with shared(
         StorageScp,
         at.host,
         at.port,
-        lambda: StorageScp(at.host, at.port, at.aet, DESK, None, peer.idle_timeout_s),
-        context,
+        lambda: StorageScp(at.host, at.port, at.aet, DESK, None, peer.idle_timeout_s, security=DESK),
+        None,
         PORT_S,
         check,
         remedy=" for what C-MOVE sends, set scp_port",
     ):
-        yield
+        yield peer.tls.server() if peer.tls else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -23,7 +24,7 @@ from protocols.dimse.get import (
     mover,
     next_message_id,
 )
-from protocols.dimse.moves import DESK, Expected, MoveDestination, Strangers, addresses, listening
+from protocols.dimse.moves import DESK, Expected, MoveDestination, Strangers, addresses, cannot_come, listening
 from protocols.dimse.offers import USUAL_CLASSES, pairs_for
 from protocols.dimse.receive import Depot
 from protocols.dimse.series import PulledSeries
@@ -345,12 +346,8 @@ class Pull:
             one.doubtful = True  # SOP classes other than the usual ones may be to blame
             self._put_back(one)
             return
-        error = None
-        if not self._destination.port:
-            error = Misconfigured(
-                f"{self.peer.where}: {why}, and no port is set for the Storage SCP that C-MOVE would send to: "
-                "set scp_port"
-            )
+        if obstacle := cannot_come(self.peer, self._destination):
+            error = Misconfigured(f"{self.peer.where}: {why}, and {obstacle}")
             if for_all:
                 raise error
             self._give_up(one, error)
@@ -433,13 +430,13 @@ class Pull:
                 raise error
             self._give_up(one, error)
             return
-        with self._counted(), retriever, listening(self._destination, self.peer, self.report.check):
+        with self._counted(), retriever, listening(self._destination, self.peer, self.report.check) as tls:
             following: PulledSeries | None = one
             while following is not None:
-                self._move(retriever, following)
+                self._move(retriever, following, tls)
                 following = self._next(lambda each: bool(self._moves or each.moves) and not self.wants_list(each))
 
-    def _move(self, retriever: Retriever, one: PulledSeries) -> None:
+    def _move(self, retriever: Retriever, one: PulledSeries, tls: ssl.SSLContext | None) -> None:
         whose, hosts = frozenset((self.peer.calling, self.peer.called)), addresses(self.peer.host, self.peer.port)
         at = self._destination.aet
         instances = frozenset(one.images) if one.images and one.all_listed else None
@@ -447,7 +444,7 @@ class Pull:
             depot.throttle, depot.moved = self._throttle, self.report.moved
             for keys in self._requests(one, retriever):
                 number = next_message_id()
-                expected = Expected(whose, number, hosts, instances, depot, self.strangers)
+                expected = Expected(whose, number, hosts, instances, depot, self.strangers, tls)
                 with DESK.expecting(expected):
                     answer = self._quoted(retriever.move(keys, at, number, expected.last_heard, one.charset))
                     one.answers.append(answer)

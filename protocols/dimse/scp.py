@@ -25,6 +25,7 @@ from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.message import ABORT_PDU
 from protocols.dimse.served import Accepted, Caller, ServedAssociation, Visit
 from transfer.errors import Cancelled, DispatchError, Interrupted
+from transfer.oserrors import words_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,10 @@ HANDSHAKE_S = 10  # for a peer to shake hands and to ask for an association, all
 MOST_NEW, MOST_NEW_OF_ONE = 256, 32  # connections that have not been admitted yet: of all peers, of one address
 IDLE_S = 60  # silence on an association after which it is ended
 BACKLOG = 128
+NO_TLS = "it begins with TLS, which is not set up for it"
 TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1)
 Refusal = tuple[int, int, int]  # of an association, PS3.8 table 9-21: result, source, reason
-CALLED_UNKNOWN, CALLING_UNKNOWN = (1, 1, 7), (1, 1, 3)  # permanent, by the user
+NO_REASON, CALLED_UNKNOWN, CALLING_UNKNOWN = (1, 1, 1), (1, 1, 7), (1, 1, 3)  # permanent, by the user
 CONGESTED, TOO_MANY = (2, 3, 1), (2, 3, 2)  # transient, by the provider: come again later
 # Services that are not storage: query and retrieve, worklists, commitment, print, procedure steps, notifications.
 OTHERS = (
@@ -70,6 +72,16 @@ class Lend(Protocol):
     def __call__(self, accepted: Accepted, over: Callable[[], None], back: Callable[[], None], /) -> bool: ...
 
 
+class Security(Protocol):
+    """Decides by the address of a peer how it may shake hands."""
+
+    def context(self, host: str) -> ssl.SSLContext | None:
+        """Return what TLS to use with a peer that begins with it; None for none."""
+
+    def failed(self, host: str, why: str) -> None:
+        """Note that a handshake with a peer came to nothing."""
+
+
 class StorageScp:
     """A port that accepts instances, from now on until `close`.
 
@@ -77,6 +89,7 @@ class StorageScp:
         aet: our AE title; "" if the desk knows by which we may be called.
         tls_only: whether a peer without TLS is hung up on.
         lend: has associations served by others, of which those that it does not take are served here.
+        security: decides on TLS, in the place of `tls`.
 
     Raises:
         OSError: the port can't be listened on.
@@ -93,10 +106,11 @@ class StorageScp:
         *,
         tls_only: bool = False,
         lend: Lend | None = None,
+        security: Security | None = None,
     ) -> None:
         self.aet, self.desk, self.tls, self.tls_only = aet, desk, tls, tls_only
         self.idle_timeout_s = idle_timeout_s
-        self._lend = lend
+        self._lend, self._security = lend, security
         self._closed, self._deaf = threading.Event(), threading.Event()
         self._served = 0
         self._lock = threading.Lock()
@@ -173,7 +187,7 @@ class StorageScp:
             with ExitStack() as new:
                 new.callback(self._settled, host)
                 end = time.monotonic() + HANDSHAKE_S
-                served = self._secured(sock)
+                served = self._secured(sock, host)
                 accepted = self._accepted(served, host, end)
         except (OSError, DispatchError) as exc:
             logger.info("association from %s ended: %s", host, exc)
@@ -219,7 +233,7 @@ class StorageScp:
         for sock in reversed(socks):
             sock.close()
 
-    def _secured(self, sock: socket.socket) -> socket.socket:
+    def _secured(self, sock: socket.socket, host: str) -> socket.socket:
         """Return a new connection, under TLS if the peer begins with that.
 
         Raises:
@@ -230,11 +244,25 @@ class StorageScp:
         first = sock.recv(1, socket.MSG_PEEK)
         if self.tls_only and first and first != TLS_HANDSHAKE:
             raise Interrupted("it does not begin with TLS, which is demanded here")
-        if first == TLS_HANDSHAKE and self.tls is not None:
-            sock = self.tls.wrap_socket(sock, server_side=True)
-            with self._lock:
-                self._open.add(sock)
+        if first != TLS_HANDSHAKE:
+            return sock
+        context = self.tls if self._security is None else self._security.context(host)
+        if context is None:
+            self._shook_in_vain(host, NO_TLS)
+            raise Interrupted(NO_TLS)
+        try:
+            sock = context.wrap_socket(sock, server_side=True)
+        except OSError as exc:
+            reason = exc.reason if isinstance(exc, ssl.SSLError) else None
+            self._shook_in_vain(host, reason.replace("_", " ").lower() if reason else words_of(exc))
+            raise
+        with self._lock:
+            self._open.add(sock)
         return sock
+
+    def _shook_in_vain(self, host: str, why: str) -> None:
+        if self._security is not None:
+            self._security.failed(host, why)
 
     def _accepted(self, sock: socket.socket, host: str, end: float) -> Accepted | None:
         """Read an association request until `end` (`time.monotonic`), and answer it; return the association, if any.
@@ -248,7 +276,7 @@ class StorageScp:
         except ValueError:
             sock.sendall(ABORT_PDU)
             return None
-        caller = Caller(asked.called, asked.calling, host)
+        caller = Caller(asked.called, asked.calling, host, isinstance(sock, ssl.SSLSocket))
         visit = CALLED_UNKNOWN if self.aet and asked.called != self.aet else self.desk.admit(caller)
         if isinstance(visit, tuple):
             sock.sendall(acceptance.rejection(*visit))

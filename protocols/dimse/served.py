@@ -39,11 +39,12 @@ RESPONSE, C_CANCEL_RQ, UNRECOGNIZED = 0x8000, 0x0FFF, 0x0211  # PS3.7 Annexes C 
 
 @dataclass(frozen=True)
 class Caller:
-    """The peer that has opened an association: AE titles and address."""
+    """The peer that has opened an association: AE titles and address, and whether it came over TLS."""
 
     called: str
     calling: str
     host: str
+    tls: bool = False
 
 
 class Visit(Protocol):

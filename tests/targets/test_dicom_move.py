@@ -134,7 +134,7 @@ def test_where_nothing_can_be_told_nothing_is_called_known(
     with archive(files, accept=only(MOVES if what == "no C-MOVE" else ()), refuses=refuses) as peer:
         health, move = checked(peer.port, peer.aet)
         assert (move.result, health.ok) == ("skipped", True) and move.detail.startswith("can't be told: ")
-        said = {"empty": "no instance", "refused": "C001", "no C-MOVE": "does not grant", "no port": "scp_port is 0"}
+        said = {"empty": "no instance", "refused": "C001", "no C-MOVE": "does not grant", "no port": "set scp_port"}
         assert said[what] in move.detail and not peer.asked(MOVE)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from blocks.dicom import DicomTarget
 from imaging.query import Query
 from protocols.dimse import scp
 from protocols.dimse.get import Retriever
-from protocols.dimse.moves import DESK, MoveDesk
+from protocols.dimse.moves import DESK, Expected, MoveDesk, Strangers
+from protocols.dimse.receive import Depot
+from protocols.net.tls import Tls
 from talaria.cli.target import types
 from talaria.testing import studies
-from talaria.testing.process import as_loaded, free_port
+from talaria.testing.process import as_loaded, free_port, until
 from talaria.testing.relay import relay
 from tasks import DRIVERS
+from tasks.checking import check_target
 from tasks.dicom import check, find, retrieve
 from tests.protocols.intake import refusal
+from tests.servers.certificates import Authority
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, send_to, sends
@@ -766,3 +771,55 @@ def test_c_move_over_tls_comes_over_tls(tmp_path: Path, port: int, monkeypatch: 
     receipt = driver.retrieve(target, query, tmp_path / "in", PushReport())
     assert receipt.state is State.DELIVERED and "C-MOVE" in receipt.notes[0], receipt
     assert datasets(tmp_path / "in").keys() == server.uids()
+    # It is to come over TLS, and nothing else: not in clear, if the peer's entry for us says so.
+    server.request("PUT", f"/modalities/{AET.lower()}", json.dumps(here | {"UseDicomTls": False}).encode())
+    receipt = driver.retrieve(target, query, tmp_path / "clear", PushReport())
+    assert receipt.state is not State.DELIVERED and not datasets(tmp_path / "clear"), receipt
+    assert "associations without TLS from 127.0.0.1 were refused" in receipt.notes[-1]
+
+
+def test_c_move_over_tls_needs_a_certificate_of_ours(tmp_path: Path, port: int) -> None:
+    """The peer opens the connections that it sends on."""
+    context = certificates().accepting(client_certificate=False)
+    with archive(study(1, 1), accept=only(GETS), tls=context, ports={AET: port}) as peer:
+        settings = {"tls_cert": "", "tls_key": "", "tls_key_password": "", "direction": "query"}
+        target = tls_target(peer.port, aet_target=peer.aet, **settings)
+        with pytest.raises(Misconfigured, match="set tls_cert and tls_key"):
+            retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
+        health = check_target(target, move=True)
+        probes = {probe.name: probe for probe in health.probes}
+        assert not health.ok and "set tls_cert and tls_key" in probes["retrieve"].detail
+        assert probes["move"].result == "skipped" and not peer.asked(MOVE)
+
+
+def test_each_source_s_own_certificate_answers_it_on_the_port_that_all_share(tmp_path: Path) -> None:
+    """By its address, which is all that is known before the handshake; and what fails in that is told."""
+    desk, authorities = MoveDesk(), [Authority(tmp_path / name) for name in ("a", "b")]
+    sides = [
+        Tls(ca=str(one.ca), cert=str(leaf.cert), key=str(leaf.key))
+        for one in authorities
+        for leaf in [one.leaf("both")]
+    ]
+    one = scp.StorageScp("127.0.0.1", 0, AET, desk, security=desk)
+
+    def shake(address: str, side: Tls) -> None:
+        context = side.client()
+        context.maximum_version = ssl.TLSVersion.TLSv1_2  # with 1.3 we don't wait for the other side's verdict
+        with socket.create_connection(("127.0.0.1", one.port), 5, (address, 0)) as sock:
+            context.wrap_socket(sock, server_hostname="127.0.0.1").close()
+
+    with ExitStack() as stack:
+        stack.callback(one.close)
+        strangers = [Strangers("pacs"), Strangers("other")]
+        for address, side, refused in zip(("127.0.0.1", "127.0.0.2"), sides, strangers, strict=True):
+            expected = Expected(frozenset(), 1, frozenset((address,)), None, Depot(tmp_path), refused, side.server())
+            stack.enter_context(desk.expecting(expected))
+        for address, side in zip(("127.0.0.1", "127.0.0.2"), sides, strict=True):
+            shake(address, side)
+        with pytest.raises(ssl.SSLError):
+            shake("127.0.0.1", sides[1])
+        with pytest.raises(OSError):
+            shake("127.0.0.3", sides[0])
+        until(lambda: strangers[0].broken)
+        assert "; the TLS handshake with 127.0.0.1 failed: tlsv1 alert unknown ca" in str(strangers[0])
+        assert "127.0.0.3" in str(strangers[1]) and not strangers[1].broken
