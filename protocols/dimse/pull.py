@@ -175,9 +175,10 @@ class Pull:
         if count := len(self._copies.elsewhere[one.uid]):
             self.elsewhere[one.uid] = count
             self.notes.append(f"series {one.uid}: {count} instances are in another series as well, and come once")
-        if not one.all_listed and one.announced is None and not (last is None or last.whole):
+        if not one.all_listed and one.announced is None and not (last and last.whole):
             self.unproven.append(one.uid)
-            self.notes.append(f"series {one.uid}: the peer does not say what it has, nor that all came: {last}")
+            came = last or "it was not asked for any more"  # a pause, or nothing that could be asked
+            self.notes.append(f"series {one.uid}: the peer does not say what it has, nor that all came: {came}")
         elif last and (last.failed or last.status):
             self.notes.append(f"series {one.uid}: the peer answered {last}")
         if one.moves and not self._moves:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import select
+import shutil
 import socket
 import ssl
 import threading
@@ -642,6 +643,28 @@ def test_a_pause_ends_after_the_running_series_and_the_rest_is_fetched_later(tmp
         receipt = pull(peer, tmp_path / "in", concurrency=1)
         assert receipt.counts[Kind.ALREADY] == 3 and receipt.counts[Kind.DELIVERED] == 6
         assert len(peer.asked(GET)) == 3
+
+
+def test_what_is_here_from_before_is_not_whole_because_a_pause_keeps_the_rest_from_being_asked_for(
+    tmp_path: Path,
+) -> None:
+    def refuses(request: Request) -> int:
+        return 0xA900 if request.level == "IMAGE" and request.kind == FIND else 0
+
+    with archive(study(6, 2), leaves_out=UNCOUNTED, refuses=refuses) as peer:
+        whole = pull(peer, tmp_path / "whole")
+        assert whole.state is State.DELIVERED
+        (tmp_path / "in").mkdir()
+        for one in peer.instances[:2]:  # one of each series
+            shutil.copy(tmp_path / "whole" / f"{one.uid}.dcm", tmp_path / "in")
+        pausing = threading.Event()
+        pausing.set()
+        asked = len(peer.asked(GET))
+        receipt = pull(peer, tmp_path / "in", PushReport(pausing=pausing))
+        assert len(peer.asked(GET)) == asked and receipt.counts[Kind.ALREADY] == 2
+        assert receipt.state is State.PARTIAL and receipt.unsent
+        assert any("it was not asked for any more" in note for note in receipt.notes)
+        assert pull(peer, tmp_path / "in").state is State.DELIVERED
 
 
 @pytest.mark.parametrize("way", ["get", "move", "move, an association for each"])
