@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -13,6 +14,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
+_DOCUMENTS = "/api/block_documents"
+_DOCUMENT = re.compile(_DOCUMENTS + r"/([0-9a-fA-F-]{32,36})")
 
 
 def asking(app: Application, scope: Message) -> httpx.AsyncClient:
@@ -36,6 +39,23 @@ async def read(receive: Receive, send: Send, what: str) -> bytes | None:
             return None
         more = message.get("more_body", False)
     return bytes(body)
+
+
+def saved_document(scope: Message) -> str | None:
+    """Return the id of the block document that a request changes, "" for one that it creates; None for others."""
+    if scope["type"] != "http":
+        return None
+    method, path = scope["method"], scope["path"].rstrip("/")
+    if method == "POST" and path == _DOCUMENTS:
+        return ""
+    known = _DOCUMENT.fullmatch(path) if method == "PATCH" else None
+    return known[1] if known else None
+
+
+def with_body(scope: Message, body: bytes) -> Message:
+    """Return a request's scope for another body than it came with."""
+    headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
 def again(body: bytes, receive: Receive) -> Receive:

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from talaria.engine import hosts
-from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read
+from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read, with_body
 from talaria.engine.registry import CHECKS, QUEUES
 from talaria.settings import POOL
 from tasks.dispatch.asked import name_for, unplanned
@@ -43,8 +43,7 @@ class QueueOfPriority:
         changed = _put_right(body)
         if changed is not None and await self._is_ours(scope, creates[1]):
             body = changed
-            headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
-            scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+            scope = with_body(scope, body)
         await self.app(scope, again(body, receive), send)
 
     async def _is_ours(self, scope: Message, deployment: str) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from talaria.engine import hosts
-from talaria.engine.asgi import Application, Message, Receive, Send, again, read
+from talaria.engine.asgi import Application, Message, Receive, Send, again, read, with_body
 from talaria.settings import POOL
 from transfer import live
 from transfer.errors import DispatchError
@@ -69,9 +69,7 @@ class Resting:
             return
         state = rests[1].model_dump(mode="json", include={"type", "name", "message", "state_details"})
         body = json.dumps(asked | {"state": state}).encode()
-        left_out = (b"content-length", b"accept-encoding")
-        headers = [(key, value) for key, value in scope["headers"] if key not in left_out]
-        headers.append((b"content-length", str(len(body)).encode()))
+        headers = [(key, value) for key, value in scope["headers"] if key != b"accept-encoding"]
         answer: list[Message] = []
 
         async def kept(message: Message) -> None:
@@ -79,7 +77,7 @@ class Resting:
 
         token = _rests.set(True)
         try:
-            await self.app({**scope, "headers": headers}, again(body, receive), kept)
+            await self.app(with_body({**scope, "headers": headers}, body), again(body, receive), kept)
         finally:
             _rests.reset(token)
         if answer and answer[0].get("status") == 201:

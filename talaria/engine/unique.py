@@ -11,7 +11,7 @@ from uuid import UUID
 
 from blocks.base import Target
 from blocks.source import Source
-from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read, refuse, saved_document
 
 
 class UniqueNames:
@@ -25,7 +25,7 @@ class UniqueNames:
         self._turn = asyncio.Lock()  # between the question and the answer nobody else saves
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"], scope["path"].rstrip("/")) != ("POST", "/api/block_documents"):
+        if saved_document(scope) != "":
             await self.app(scope, receive, send)
             return
         body = await read(receive, send, "a block document")

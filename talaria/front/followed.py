@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from typing import Any
 from uuid import UUID
 
 from blocks import SOURCES, Source
-from talaria.engine.asgi import Application, Message, Receive, Send, again, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, read, refuse, saved_document
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.offered import OfficeOf
 from talaria.front.saved import is_given, merged
 
-_DOCUMENT = re.compile(r"/api/block_documents/([0-9a-fA-F-]{32,36})/?")
 _logger = logging.getLogger("talaria.front")
 
 
@@ -29,12 +27,8 @@ class FollowedSources:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         who: Identity | None = scope.get(SCOPE_KEY)
-        if scope["type"] != "http" or who is None or who.role >= Role.WORKER:  # our own processes have looked
-            await self.app(scope, receive, send)
-            return
-        method, path = scope["method"], scope["path"].rstrip("/")
-        document = _DOCUMENT.fullmatch(path) if method == "PATCH" else None
-        if not document and (method, path) != ("POST", "/api/block_documents"):
+        document = saved_document(scope)
+        if document is None or who is None or who.role >= Role.WORKER:  # our own processes have looked
             await self.app(scope, receive, send)
             return
         body = await read(receive, send, "a block document")
@@ -43,7 +37,7 @@ class FollowedSources:
         office: Any = await self.office_of(scope)
         try:
             given = json.loads(body)
-            source, before = await (_changed(office, document[1], given) if document else _created(office, given))
+            source, before = await (_changed(office, document, given) if document else _created(office, given))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             source = before = None  # not valid: for others to refuse
         if source is None:

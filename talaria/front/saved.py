@@ -18,11 +18,10 @@ from blocks import RULES, SOURCES, TYPES
 from blocks.base import MASK, MOVED, masked_secrets
 from blocks.fields import facts, in_titles
 from blocks.named import NamedBlock
-from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read, refuse, saved_document
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from transfer.validation import what_is_wrong
 
-_DOCUMENT = re.compile(r"/api/block_documents/([0-9a-fA-F-]{32,36})/?")
 _NEW, _EDIT = re.compile(r"/blocks/catalog/([^/]+)/create$"), re.compile(r"/blocks/block/([0-9a-fA-F-]{32,36})/edit$")
 _FORM = "/api/ui/schemas/validate"
 _logger = logging.getLogger("talaria.front")
@@ -42,10 +41,9 @@ class ValidTargets:
         if scope["type"] != "http" or who is None or who.role >= Role.WORKER:  # ours have been validated
             await self.app(scope, receive, send)
             return
-        method, path = scope["method"], scope["path"].rstrip("/")
-        document = _DOCUMENT.fullmatch(path)
-        form = (method, path) == ("POST", _FORM)
-        if not form and (method, path) != ("POST", "/api/block_documents") and not (method == "PATCH" and document):
+        document = saved_document(scope)
+        form = (scope["method"], scope["path"].rstrip("/")) == ("POST", _FORM)
+        if not form and document is None:
             await self.app(scope, receive, send)
             return
         body = await read(receive, send, "a block document")
@@ -57,7 +55,7 @@ class ValidTargets:
                 answer, wrong = await self._judged(scope, given), ""
             else:
                 answer = None
-                wrong = await (self._changed(scope, document[1], given) if document else self._created(scope, given))
+                wrong = await (self._changed(scope, document, given) if document else self._created(scope, given))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             answer, wrong = None, ""  # Prefect's to refuse
         if wrong:
