@@ -53,8 +53,9 @@ OF_OLD = (
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
 # 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits,
-# 5 none of deliveries, 6 none of the studies of floods, 7 none of rests, 8 none of slots that are held
-VERSION = 9
+# 5 none of deliveries, 6 none of the studies of floods, 7 none of rests, 8 none of slots that are held,
+# 9 none of trials
+VERSION = 10
 OTHERS = runs, confirmed, happenings, messages, sourcebook, waits, deliveries, rests, held
 TABLES = Tables(SCHEMA + "".join(one.TABLES for one in OTHERS), VERSION, OF_OLD)
 

@@ -14,13 +14,15 @@ TABLES = """
 CREATE TABLE IF NOT EXISTS breakers (
   target TEXT PRIMARY KEY, mark TEXT NOT NULL, failures BIGINT NOT NULL, opened DOUBLE PRECISION NOT NULL,
   tested DOUBLE PRECISION NOT NULL, until DOUBLE PRECISION NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS trials (target TEXT PRIMARY KEY, run TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS lines (
   line TEXT NOT NULL, run TEXT NOT NULL, turn DOUBLE PRECISION NOT NULL, until DOUBLE PRECISION NOT NULL,
   called DOUBLE PRECISION NOT NULL, PRIMARY KEY (line, run)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS lines_by_run ON lines (run);
 """
 LATE_S = 10.0  # after its time, or after it was called, one that does not come is not waited for any more
-_ROW = "target, mark, failures, opened, tested, until, reason"
+_ROW = "b.target, b.mark, b.failures, b.opened, b.tested, b.until, b.reason, t.run"
+_FROM = "breakers b LEFT JOIN trials t ON t.target=b.target"
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Breaker:
         tested: when it was tried last.
         until: when it is tested again.
         reason: what the last failure was.
+        trial: None if an answer to a check says that it is back; else the last failure was a push that hung, and an
+            answer to a push does: the run that tries one, or "".
     """
 
     target: str
@@ -43,6 +47,7 @@ class Breaker:
     tested: float = 0.0
     until: float = 0.0
     reason: str = ""
+    trial: str | None = None
 
 
 class Waits:
@@ -56,20 +61,21 @@ class Waits:
     def breakers(self) -> dict[str, Breaker]:
         """Return what is known of all targets that did not answer, by name."""
         with self._db.reading():
-            rows = self._db.execute(f"SELECT {_ROW} FROM breakers").fetchall()  # noqa: S608 - ours
+            rows = self._db.execute(f"SELECT {_ROW} FROM {_FROM}").fetchall()  # noqa: S608 - ours
         return {row[0]: Breaker(*row) for row in rows}
 
     def breaker(self, target: str) -> Breaker | None:
         """Return what is known of a target; None if it answered."""
         with self._db.reading():
-            row = self._db.execute(f"SELECT {_ROW} FROM breakers WHERE target=?", (target,)).fetchone()  # noqa: S608
+            row = self._db.execute(f"SELECT {_ROW} FROM {_FROM} WHERE b.target=?", (target,)).fetchone()  # noqa: S608
         return Breaker(*row) if row else None
 
-    def count(self, target: str, mark: str, reason: str) -> Breaker:
+    def count(self, target: str, mark: str, reason: str, *, hung: bool = False) -> Breaker:
         """Count a failure, within a block of `writing`: nobody else changes the row until it ends.
 
         Args:
             mark: of its settings; what is known of it under others is forgotten.
+            hung: whether it was a push of what had been connected.
         """
         same = "CASE WHEN breakers.mark=excluded.mark THEN"
         self._db.execute(
@@ -79,7 +85,10 @@ class Waits:
             " reason=excluded.reason",
             (target, mark, self._db.time(), reason),
         )
-        (row,) = self._db.execute(f"SELECT {_ROW} FROM breakers WHERE target=?", (target,)).fetchall()  # noqa: S608
+        self._db.execute("DELETE FROM trials WHERE target=?", (target,))
+        if hung:
+            self._db.execute("INSERT INTO trials VALUES (?,'')", (target,))
+        (row,) = self._db.execute(f"SELECT {_ROW} FROM {_FROM} WHERE b.target=?", (target,)).fetchall()  # noqa: S608
         return Breaker(*row)
 
     def save(self, one: Breaker) -> None:
@@ -87,8 +96,13 @@ class Waits:
         values = astuple(one)
         self._db.execute(
             "UPDATE breakers SET mark=?, failures=?, opened=?, tested=?, until=?, reason=? WHERE target=?",
-            (*values[1:], values[0]),
+            (*values[1:7], values[0]),
         )
+
+    def tries(self, target: str, run: str, until: float) -> None:
+        """Let a run try a push, and all others wait until a time; within the same block."""
+        self._db.execute("UPDATE trials SET run=? WHERE target=?", (run, target))
+        self._db.execute("UPDATE breakers SET until=? WHERE target=?", (until, target))
 
     def answers(self, target: str) -> Breaker | None:
         """Forget that a target did not answer; return what was known, to one of those who say so."""
@@ -97,11 +111,13 @@ class Waits:
         with self._db.writing():
             found = self.breaker(target)
             gone = self._db.execute("DELETE FROM breakers WHERE target=?", (target,)).rowcount
+            self._db.execute("DELETE FROM trials WHERE target=?", (target,))
         return found if gone else None
 
     def forget(self, target: str) -> None:
         """Forget what is known of a target that is not there any more: another one may get its name."""
-        self._db.execute("DELETE FROM breakers WHERE target=?", (target,))
+        for table in ("breakers", "trials"):
+            self._db.execute(f"DELETE FROM {table} WHERE target=?", (target,))  # noqa: S608 - ours
 
     # ---- lines of those who wait
 
@@ -184,4 +200,5 @@ class Waits:
     def prune(self, before: float) -> int:
         """Forget who should have come before a time, and targets not tried since; return how many rows."""
         breakers = self._db.execute("DELETE FROM breakers WHERE tested < ? AND until < ?", (before, before)).rowcount
+        self._db.execute("DELETE FROM trials WHERE target NOT IN (SELECT target FROM breakers)")
         return breakers + self._db.execute("DELETE FROM lines WHERE until < ?", (before,)).rowcount

@@ -1,7 +1,8 @@
 """Which targets do not answer.
 
 After LIMIT failures in a row a target's breaker opens: dispatches to it wait, and one run at a time tests whether it is
-back; the first answer closes it.
+back; the first answer closes it. Of one that was connected and hung in a push, its check says nothing: when that is
+answered, one run pushes, and the answer to that closes it.
 
 What is known stands in the ledger's database, for all workers, of all hosts that share it. A target whose settings
 have changed since begins anew. Where the database can't be asked, no target counts as dead.
@@ -49,13 +50,18 @@ def every(ledger: Ledger, targets: list[Target]) -> dict[str, Breaker]:
     return {one.name: Breaker(one.name, "") for one in targets}
 
 
-def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str) -> None:
-    """Count a failure, if it is one of those that a dead target causes."""
+def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str, *, pushed: bool = False) -> None:
+    """Count a failure, if it is one of those that a dead target causes.
+
+    Args:
+        pushed: whether it is a push's, and no check's.
+    """
     if not isinstance(error, DEAD):
         return
     try:
         with ledger.together():
-            one = ledger.waits.count(target.name, _mark(target), reason)
+            hung = pushed and isinstance(error, TimedOut)
+            one = ledger.waits.count(target.name, _mark(target), reason, hung=hung)
             opens = one.failures >= LIMIT and not one.opened
             if opens:
                 one.opened = one.tested
@@ -81,6 +87,26 @@ def answered(ledger: Ledger, target: Target) -> None:
         logger.warning("that %s answers can't be noted: %s", target.name, exc)
 
 
+def reached(ledger: Ledger, target: Target, run: str = "") -> None:
+    """Note that a target's check is answered, which is all that is wanted unless pushes hung.
+
+    Args:
+        run: that pushes then, where one is to try; "" for the first of those that wait.
+    """
+    try:
+        with ledger.together():
+            one = read(ledger, target)
+            if one.trial is not None and one.opened:
+                patience = target.connect_timeout_s + 2 * target.idle_timeout_s  # after which it would have hung, too
+                ledger.waits.tries(target.name, run, ledger.now() + (patience if run else 0.0))
+        if one.trial is None:
+            answered(ledger, target)
+        elif one.opened and not run:
+            line.wake(ledger, queue(target))
+    except LOST as exc:
+        logger.warning("that %s can be reached can't be noted: %s", target.name, exc)
+
+
 def every_of(home: Home, targets: list[Target]) -> dict[str, Breaker]:
     """Return the state of the breakers of targets as `every` does, from a ledger that is opened for that."""
     with suppress(*LOST), Ledger(home.ledger) as ledger:
@@ -89,10 +115,10 @@ def every_of(home: Home, targets: list[Target]) -> dict[str, Breaker]:
 
 
 def has_answered(home: Home, target: Target) -> None:
-    """Note that a target answers as `answered` does, in a ledger that is opened for that."""
+    """Note that a target's check is answered as `reached` does, in a ledger that is opened for that."""
     try:
         with Ledger(home.ledger) as ledger:
-            answered(ledger, target)
+            reached(ledger, target)
     except LOST as exc:
         logger.warning("that %s answers can't be noted: %s", target.name, exc)
 

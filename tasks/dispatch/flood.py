@@ -151,7 +151,6 @@ class Flood(Delivery):
         self._hook_error: DispatchError | None = None  # of this part's first runs of scripts
         self._why: DispatchError | None = None  # what the last study failed for that is tried again
         self._given_up: DispatchError | None = None  # what a study failed for that is not; the worst of all
-        self._heard = False  # whether some study's files were answered for in this attempt
         self._in_row, self._most = 0, IN_ROW  # studies that have failed since one arrived, and how many may
         self._guard = threading.Lock()
         self.progress.items, self.progress.size = len(studies.all), 0
@@ -166,7 +165,7 @@ class Flood(Delivery):
         """
         self.attempts += 1
         self.error = self._why = None
-        self._heard = False
+        self.heard = False  # whether some study's files were answered for in this attempt
         self._since = self._since or self.ledger.now()  # the rows are compared with it
         self._begun = self._begun or time.monotonic()
         self._in_row, self._most, done = 0, IN_ROW, self._done
@@ -184,7 +183,7 @@ class Flood(Delivery):
             each(waiting, self._deliver, threads, f"flood-{self.target.name}")
             if self._why:
                 raise self._why
-            if self._given_up and not self._heard:
+            if self._given_up and not self.heard:
                 raise self._given_up
         except DispatchError as exc:
             self.quiet.error(exc)
@@ -235,7 +234,7 @@ class Flood(Delivery):
                 self._fails(study, delivery.receipt(), delivery.error)
             else:
                 self._settles(study, delivery.receipt())
-                self._heard = self._heard or delivery.heard
+                self.heard = self.heard or delivery.heard
                 self._in_row = 0
             finally:
                 receipt = self._settled.get(study.name) or self._partly.get(study.name) or delivery.receipt()

@@ -92,9 +92,11 @@ async def push(delivery: Delivery) -> None:
     except DispatchError as exc:
         logger.warning("%s: %s", target.name, delivery.failures[-1])
         if delivery.futile > futile:
-            await asyncio.to_thread(breaker.failed, delivery.ledger, target, exc, exc.message)
+            await asyncio.to_thread(breaker.failed, delivery.ledger, target, exc, exc.message, pushed=True)
         raise
-    await asyncio.to_thread(breaker.answered, delivery.ledger, target)
+    # Where all was there, it may not have been asked for more than a check asks.
+    said = breaker.answered if delivery.heard else breaker.reached
+    await asyncio.to_thread(said, delivery.ledger, target)
     counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
     logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
 

@@ -148,7 +148,7 @@ class Dispatch:
     async def _is_dead(self, target: Target) -> bool:
         """Return True if a target's breaker is open: the run waits for it then, and has tested it if it was time."""
         one = await asyncio.to_thread(breaker.read, self.ledger, target)
-        if not one.opened:
+        if not one.opened or one.trial == self.flow_run_id:
             return False
         left, pause_s = self._left(target), breaker.FIRST_S
         if one.until <= self.ledger.now():
@@ -177,7 +177,7 @@ class Dispatch:
         except DispatchError as exc:
             error = exc
         if not isinstance(error, breaker.DEAD):
-            await asyncio.to_thread(breaker.answered, self.ledger, target)
+            await asyncio.to_thread(breaker.reached, self.ledger, target, self.flow_run_id)
             return error if isinstance(error, Busy) else None
         words = Quiet(target).text(error.message)
         await asyncio.to_thread(breaker.failed, self.ledger, target, error, words)

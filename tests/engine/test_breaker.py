@@ -77,6 +77,36 @@ def test_failures_count_wherever_they_are_seen_and_the_first_answer_ends_it(host
     assert said(one, target) == ["target.down", "target.up", "target.down"]
 
 
+def test_where_a_push_hung_an_answer_to_a_check_lets_one_run_push(
+    hosts: Any, target: FolderTarget, called: list[str]
+) -> None:
+    (_, one), (_, other) = hosts
+    for _ in range(breaker.LIMIT - 1):
+        breaker.failed(one, target, TimedOut("silent"), "silent", pushed=True)
+        breaker.reached(other, target, "run")  # it answers checks, which says nothing of pushes
+    breaker.failed(one, target, TimedOut("silent"), "silent", pushed=True)
+    assert breaker.read(one, target).opened
+    for number in range(2):
+        one.waits.join(breaker.queue(target), f"{target.name}{number}", number, one.now() + 600)
+    breaker.reached(other, target, "run")
+    found = breaker.read(one, target)
+    assert found.opened and found.trial == "run" and found.until > one.now() + target.idle_timeout_s
+    breaker.failed(one, target, TimedOut("silent"), "silent", pushed=True)
+    assert breaker.read(one, target).trial == "" and not called
+    breaker.reached(one, target)  # somebody tests it: the first that waits pushes at once
+    found = breaker.read(other, target)
+    assert found.opened and found.until <= one.now() and called == [f"{target.name}0"]
+    assert said(one, target) == ["target.down"]
+    breaker.answered(other, target)
+    assert breaker.read(one, target).trial is None and said(one, target) == ["target.down", "target.up"]
+    for pushed, error in ((True, Unreachable("no route")), (False, TimedOut("silent"))):
+        for _ in range(breaker.LIMIT):  # its check sees that, too, and says when it is over
+            breaker.failed(one, target, TimedOut("silent"), "silent", pushed=True)
+        breaker.failed(one, target, error, "away", pushed=pushed)
+        breaker.reached(other, target, "run")
+        assert not breaker.read(one, target).failures
+
+
 def test_what_is_known_of_a_target_goes_with_it_or_with_time(hosts: Any, target: FolderTarget) -> None:
     (_, one), (_, other) = hosts
     old = f"{target.name}-old"

@@ -18,6 +18,8 @@ from tasks.dispatch.breaker import LIMIT
 from tests.engine.material import later
 from tests.servers.dcmtk import storescp
 from tests.servers.dicomweb import Reply, scripted
+from tests.servers.scp import scp
+from tests.servers.steps import Silence
 from tests.servers.up import Talaria
 from transfer.ledger import Ledger
 
@@ -288,6 +290,32 @@ def test_a_target_that_does_not_answer_is_tested_by_one_run_at_a_time(up: Talari
         up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in [*runs, last]))
         assert breaker(up) == {"state": "closed"}
         up.until(lambda: "talaria.target.silent" in events(up, "talaria.target.up"))
+
+
+def test_a_target_that_answers_tests_and_hangs_at_pushes_gets_one_at_a_time(up: Talaria, tmp_path: Path) -> None:
+    """Seen: each test closed its breaker, and as many pushes as it takes hung once more; two mails for each round."""
+    for number in range(7):
+        studies.ct(tmp_path / f"study{number}", 1)
+
+    def at_the_peer() -> int:
+        with peer.lock:
+            return len(peer.stores)
+
+    with scp(on_store=lambda store: Silence()) as peer:
+        hangs = dead(peer.port, aet_target="PARROT", max_attempts=50, retry_delay_s=1, retry_max_delay_s=1)
+        up.apply(hangs=hangs | {"idle_timeout_s": 1, "max_dispatches": 8, "concurrency": 1})
+        runs = [send(up, tmp_path / f"study{number}", "hangs") for number in range(7)]
+        up.until(lambda: breaker(up, "hangs")["state"] == "open")
+        up.until(lambda: not peer.open)  # what was under way has ended
+        seen, peer.most_open = at_the_peer(), 0
+        up.until(lambda: at_the_peer() >= seen + 3)
+        assert breaker(up, "hangs")["state"] == "open" and peer.most_open <= 2  # a test and a push
+        peer.on_store = None
+        up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in runs))
+    assert breaker(up, "hangs") == {"state": "closed"}
+    up.until(lambda: "talaria.target.hangs" in events(up, "talaria.target.up"))
+    for name in ("talaria.target.down", "talaria.target.up"):
+        assert events(up, name).count("talaria.target.hangs") == 1
 
 
 def test_what_was_given_up_is_listed_retried_for_one_target_and_sent_elsewhere(up: Talaria, tmp_path: Path) -> None:
