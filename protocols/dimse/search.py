@@ -113,10 +113,15 @@ class PeerSearch:
         """Return the UIDs of an instance of a study or a series, and its SOP class if the peer lists it."""
         study, series = str(answer["StudyInstanceUID"]), text(answer.get("SeriesInstanceUID"))
         if not series:
-            every = self.answers("SERIES", {"StudyInstanceUID": study}, SERIES_FIELDS)
+            every: dict[str, Answer] = {}
+            try:
+                self.answers("SERIES", {"StudyInstanceUID": study}, SERIES_FIELDS, every)
+            except Busy:
+                if not every:
+                    raise  # else one is enough, also of a peer that stops at a limit
             if not every:
                 return None, ()
-            series = str(every[0]["SeriesInstanceUID"])
+            series = next(iter(every))
         images, _ = self.images(study, series, self._patients.get(study, ""))
         one = images[0] if images else {}
         keys = {
@@ -140,20 +145,28 @@ class PeerSearch:
             HasMore: the peer has more than it gives.
         """
         keys = {"StudyInstanceUID": str(study["StudyInstanceUID"])}
-        first = self.answers("SERIES", keys, SERIES_FIELDS)
+        unique: dict[str, Answer] = {}
+        cut = False
+        try:
+            self.answers("SERIES", keys, SERIES_FIELDS, unique)
+        except Busy:
+            if not unique:
+                raise
+            cut = True  # it says that it stops at a limit
+        first = list(unique.values())
         announced = count(study.get("NumberOfStudyRelatedSeries")) or 0
-        at_limit = len(first) in CAPS
-        if len(first) >= announced or not first or (self._stale >= MOST_STALE and not at_limit):
+        at_limit = cut or len(first) in CAPS
+        if not cut and (len(first) >= announced or not first or (self._stale >= MOST_STALE and not at_limit)):
             return first
-        parts = InParts(lambda more: self.answers("SERIES", keys | more, SERIES_FIELDS), first, announced)
+        parts = InParts(lambda more: self.answers("SERIES", keys | more, SERIES_FIELDS), first, announced or None)
         parts.by_modality(text(study.get("ModalitiesInStudy")).split("\\"))
         if not parts.whole:
             parts.by_number()
-        if not parts.whole:
-            if parts.cut or (at_limit and not parts.heeded):
+        if not parts.whole and not (cut and parts.exhausted):
+            if parts.cut or (at_limit and not parts.heeded) or cut:
+                more = f": it announces {announced}" if announced else ""
                 raise HasMore(
-                    f"{self.finder.peer.where}: the peer gives {len(parts.found)} series of a study and has more: it "
-                    f"announces {announced}"
+                    f"{self.finder.peer.where}: the peer gives {len(parts.found)} series of a study and has more{more}"
                 )
             self._stale += 1
         return list(parts.found.values())

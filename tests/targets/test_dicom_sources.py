@@ -93,6 +93,36 @@ def test_searches_of_orthanc(folder: Path, tmp_path: Path) -> None:
         assert wrong(target, searching.queries()) == {}
 
 
+def test_an_orthanc_that_ends_searches_at_a_limit_loses_nothing(tmp_path: Path) -> None:
+    limits = {"LimitFindResults": 5, "LimitFindInstances": 5}
+    many, series = studies.uid(), [studies.uid() for _ in range(8)]
+    files = [
+        studies.encoded(
+            studies.dataset(
+                study=many, series=one, AccessionNumber="MANY", InstanceNumber=number, SeriesNumber=series.index(one)
+            )
+        )
+        for one in series
+        for number in range(8 if one == series[0] else 1)
+    ]
+    numbers = [f"L{day:02}" for day in range(1, 14)]
+    files += [studies.encoded(studies.dataset(AccessionNumber=one, StudyDate=f"202401{one[1:]}")) for one in numbers]
+    with orthanc(tmp_path / "orthanc", settings=limits) as server:
+        store(tmp_path, files, server.dicom_port, server.aet)
+        target = dicom_target(server.dicom_port, aet_target=server.aet, direction="query", idle_timeout_s=30)
+
+        def found(**keys: Any) -> list[Any]:
+            return sorted(one.attributes["AccessionNumber"] for one in find(target, Query(**keys)))
+
+        assert found(StudyDate="20240101-20240131") == numbers
+        assert found(AccessionNumber=(*numbers, "MANY", "NONE")) == [*numbers, "MANY"]
+        assert found(StudyInstanceUID=many, level="series") == ["MANY"] * 8
+        receipt = retrieve(target, Query(AccessionNumber=("MANY",)), tmp_path / "in", PushReport())
+        assert receipt.state is State.DELIVERED, receipt.notes
+        assert len(datasets(tmp_path / "in")) == 15
+        assert "Too many results" in server.log()  # so that these were limits
+
+
 def test_names_that_orthanc_shows_without_some_letters_are_found(tmp_path: Path) -> None:
     """It leaves out what Latin-1 doesn't have, unless it is told to answer otherwise."""
     server = shared_orthanc()
