@@ -16,7 +16,7 @@ from uuid import UUID
 
 from prefect import get_client
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun
 
 from talaria.console import say
 from talaria.engine import runs
@@ -26,7 +26,6 @@ from talaria.server import Address, healthy, reached, running, use
 from talaria.service import Office
 from talaria.service.operations import CALLS, STREAMS
 from talaria.settings import POOL, Settings, client_environment, load_settings
-from tasks.dispatch import running as here
 from transfer.home import Home
 
 P = ParamSpec("P")
@@ -107,15 +106,7 @@ class Local:
             worker.start()
         worker = self._workers[flow_run.id]
 
-        def is_over(now: FlowRun) -> bool:
-            # It may be cancelled by the UI, another command or Ctrl-C, and no worker watches for that here.
-            if now.state and now.state.type is StateType.CANCELLING:
-                here.flag(str(now.id)).set()
-            if now.state_name == here.PAUSING:
-                here.pause(str(now.id)).set()
-            return not worker.is_alive()
-
-        return is_over
+        return lambda _: not worker.is_alive()
 
     def _recovered(self) -> dict[str, Any]:
         """Run what was put back into the queue when the server was started, by this or another command."""

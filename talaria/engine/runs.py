@@ -6,12 +6,15 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
+import httpx
+from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -30,10 +33,11 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.engine import hosts, lanes
+from talaria.engine.heeding import heed_all
 from talaria.engine.listed import listed
 from talaria.engine.recovery import CRASHES, settle
 from talaria.engine.registry import deployed
@@ -44,13 +48,15 @@ from tasks.dispatch.asked import dispatch_in
 from transfer import live
 from transfer.errors import Misconfigured, NotFound
 from transfer.home import Home
-from transfer.lease import Lease
+from transfer.lease import Lease, living
 from transfer.ledger import Ledger
 
 R = TypeVar("R")
 
 BEGINNING = "/talaria/flow_run_ids/{beginning}"  # a search that our embedded server adds to Prefect's API
 POLL_S = 0.25
+HEED_S = 0.5  # between two looks at what others have made of a run that is run here
+TAKEN_S = 10.0  # within which whoever has taken a run has noted that in the ledger
 PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
 UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
@@ -122,32 +128,79 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
     name = lanes.name()
     lease = Lease(access.home, name, running.hold_until, running.lose_all)
     with lease, Ledger(access.home.ledger) as ledger:
+        alive = living(access.home, ledger)
+
+        def is_executed() -> bool:
+            owner = ledger.runs.owner_of(run_id)
+            return owner not in (None, lease.owner) and alive(str(owner))
+
         while True:
             if access.run(lanes.claim, flow_run.id, name):
                 running.regained(run_id)
                 ledger.runs.begins(run_id, lease.owner)
-                asyncio.run(lanes.run_here(flow, flow_run))
-                if not running.lost(run_id) and asyncio.run(settle(run_id)):
+                running.forget(run_id)  # what was heeded at the end of its last part
+                state = asyncio.run(_run_here(flow, flow_run))
+                stands = state is not None and (state.is_final() or state.is_scheduled() or state.is_paused())
+                if not running.lost(run_id) and (stands or asyncio.run(settle(run_id))):
                     ledger.runs.ends(run_id, lease.owner, goes_on=rest.rests(ledger, run_id))
+            else:
+                time.sleep(POLL_S)  # what keeps us from it may do so for a while
             # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
-            flow_run = access.run(_when_due, flow_run.id)
-            if at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():
+            try:
+                flow_run = access.run(_when_due, flow_run.id, is_executed)
+            except ObjectNotFound:  # somebody has deleted it
                 return
+            if flow_run.state is None or flow_run.state.type is not StateType.SCHEDULED or at_rest(flow_run):
+                return
+
+
+async def _run_here(flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
+    """Run a part of a run, and return as `lanes.run` does.
+
+    What others make of it, and of its dispatches, is heeded meanwhile: no worker listens for that.
+    """
+    heeding = asyncio.create_task(_heed_here())
+    try:
+        return await lanes.run_here(flow, flow_run)
+    finally:
+        heeding.cancel()
+        await asyncio.gather(heeding, return_exceptions=True)
+
+
+async def _heed_here() -> None:
+    async with lanes.Client() as client:  # not that of the run, which remembers what its engine asks for
+        while True:
+            await asyncio.sleep(HEED_S)
+            with suppress(httpx.HTTPError, PrefectException):  # the server is away for a moment
+                await heed_all(client, running.flags())
 
 
 async def _flow_name(client: PrefectClient, flow_run: FlowRun) -> str:
     return (await client.read_flow(flow_run.flow_id)).name
 
 
-async def _when_due(client: PrefectClient, run_id: UUID) -> FlowRun:
-    """Return a run that has stopped; one that continues soon is returned at that time."""
+async def _when_due(client: PrefectClient, run_id: UUID, is_executed: Callable[[], bool]) -> FlowRun:
+    """Return a run that has stopped; one that continues soon is returned at that time.
+
+    Args:
+        is_executed: whether a process has it: then that one's end is waited for.
+
+    Raises:
+        ObjectNotFound: somebody has deleted it.
+    """
+    idle = time.monotonic()
     while True:
         flow_run = await client.read_flow_run(run_id)
         state = flow_run.state
-        if state is None or state.type is not StateType.SCHEDULED or at_rest(flow_run):
+        if state is None or at_rest(flow_run) or state.is_paused():
             return flow_run
-        begin = state.state_details.scheduled_time
-        if begin is None or begin <= datetime.now(UTC):
+        if state.type is StateType.SCHEDULED:
+            begin = state.state_details.scheduled_time
+            if begin is None or begin <= datetime.now(UTC):
+                return flow_run
+        elif is_executed():
+            idle = time.monotonic()
+        elif state.is_final() or time.monotonic() > idle + TAKEN_S:
             return flow_run
         await asyncio.sleep(POLL_S)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,7 @@ from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
 from talaria.engine.worker import RETRIES, Worker
 from talaria.testing import studies
+from talaria.testing.process import as_loaded
 from tasks.dispatch import running
 from tasks.retrieve import dispatches
 from tests.engine.material import later
@@ -265,6 +267,43 @@ def test_a_process_that_ends_says_of_no_dispatch_that_it_was_cancelled(
     assert not (up.home / "failed" / run_id).exists()
 
 
+@pytest.mark.parametrize("where", ["studies_of", "deadletters.instead", "keep_files"])
+def test_a_dispatch_is_cancelled_while_the_share_of_its_files_hangs(
+    up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """As a hard mount does that is away: no call returns until it is back."""
+    name = f"hangs-{where.replace('.', '-').replace('_', '-').lower()}"
+    studies.ct(tmp_path / "study" / "one", 1)
+    gone = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", "max_attempts": 1}
+    up.apply(**{name: gone})
+    entered, back = threading.Event(), threading.Event()
+
+    def hangs(*_: Any) -> None:
+        entered.set()
+        back.wait()
+
+    monkeypatch.setattr(f"tasks.dispatch.run.{where}", hangs)
+
+    async def ended() -> State[Any] | None:
+        async with get_client() as client:
+            each = "folder" if where == "studies_of" else ""
+            parameters = {"paths": [str(tmp_path / "study")], "targets": [name], "each": each}
+            flow_run = await client.create_flow_run(dispatch, parameters=parameters, state=Pending())
+            runs_here = asyncio.create_task(lanes.run_here(dispatch, flow_run))
+            try:
+                while not entered.is_set():
+                    assert not runs_here.done()
+                    await asyncio.sleep(0.05)
+                await client.set_flow_run_state(flow_run.id, Cancelling(), force=True)
+                running.flag(str(flow_run.id)).set()
+                return await asyncio.wait_for(runs_here, as_loaded(30))
+            finally:
+                back.set()
+
+    state = asyncio.run(ended())
+    assert state is not None and state.is_cancelled()
+
+
 def test_a_run_that_comes_to_rest_just_when_it_is_to_pause_is_paused(up: Talaria, tmp_path: Path) -> None:
     """Whichever of the two states came first, nobody executed it any more: it went on, or stayed about to pause."""
     studies.ct(tmp_path / "study", 1)
@@ -328,3 +367,82 @@ def test_a_dispatch_is_paused_after_the_items_under_way_and_goes_on_there(up: Ta
     up.apply(archive=slow | {"bandwidth_limit": None})
     resumed = up.told("jobs", "resume", run_id)["targets"]["archive"]
     assert resumed["state"] == "delivered" and resumed["delivered"] == COUNT
+
+
+class Alone:
+    """A process without a worker, as `talaria send` is where no `talaria up` runs; counts what it asks for."""
+
+    def __init__(self, up: Talaria) -> None:
+        self.home, self.asked = Home(up.home), 0
+
+    def run(self, call: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        self.asked += 1
+
+        async def with_client() -> Any:
+            async with get_client() as client:
+                return await call(client, *args)
+
+        return asyncio.run(with_client())
+
+    def created(self, path: Path, target: str) -> FlowRun:
+        async def created(client: PrefectClient) -> FlowRun:
+            parameters = {"paths": [str(path)], "targets": [target]}
+            return await client.create_flow_run(dispatch, parameters=parameters, state=Scheduled())
+
+        return cast(FlowRun, self.run(created))
+
+    def begins(self, flow_run: FlowRun) -> threading.Thread:
+        thread = threading.Thread(target=runs.run_here, args=(self, flow_run), daemon=True)
+        thread.start()
+        return thread
+
+
+def test_a_run_that_no_worker_runs_heeds_what_others_make_of_it(up: Talaria, here: None, tmp_path: Path) -> None:
+    """It sent to its end; and one that was paused asked what had become of it for ever, without a pause."""
+    states = {**STATES, "Cancelling": {"type": "CANCELLING"}}
+    up.apply(
+        **{f"alone{n}": folder(tmp_path / str(n), bandwidth_limit=SLOW, concurrency=1) for n in range(len(states))}
+    )
+    studies.ct(tmp_path / "study", COUNT)
+    begun = {}
+    for number, name in enumerate(states):
+        alone = Alone(up)
+        flow_run = alone.created(tmp_path / "study", f"alone{number}")
+        begun[name] = alone, str(flow_run.id), alone.begins(flow_run)
+    up.until(lambda: all(instances(tmp_path / str(number)) for number in range(len(states))), 120)
+    for name, (_, run_id, _) in begun.items():
+        if name == "Cancelling":
+            up.api("POST", f"/flow_runs/{run_id}/set_state", state=states[name], force=True)
+        else:
+            put(up, run_id, name)
+    up.until(lambda: not any(thread.is_alive() for _, _, thread in begun.values()), 60)
+    assert all(len(instances(tmp_path / str(number))) < COUNT for number in range(len(states)))
+    assert {name: named(up, one[1]) for name, one in begun.items()} == {
+        name: {"Cancelling": "Cancelled"}.get(name, name) for name in states
+    }
+    assert all(alone.asked <= 4 for alone, _, _ in begun.values())
+
+
+def test_a_run_that_another_process_has_is_waited_for(up: Talaria, here: None, tmp_path: Path) -> None:
+    """As of two `talaria recover` at once, each of which lists the same runs."""
+    alone = Alone(up)
+    flow_run = alone.created(tmp_path, "nowhere")
+    run_id = str(flow_run.id)
+    with alone.home.owner("another") as another, Ledger(up.home / "ledger.sqlite") as ledger:
+        ledger.runs.begins(run_id, another)
+        up.api("POST", f"/flow_runs/{run_id}/set_state", state={"type": "RUNNING"}, force=True)
+        read, looks = PrefectClient.read_flow_run, threading.Semaphore(0)
+
+        async def counted(client: PrefectClient, of: UUID) -> FlowRun:
+            looks.release()
+            return await read(client, of)
+
+        with mock.patch.object(PrefectClient, "read_flow_run", counted):
+            waits = alone.begins(flow_run)
+            for _ in range(4):  # it looks, again and again
+                assert looks.acquire(timeout=60)
+            assert waits.is_alive()
+            up.api("POST", f"/flow_runs/{run_id}/set_state", state={"type": "COMPLETED"}, force=True)
+            ledger.runs.ends(run_id, another)
+            up.until(lambda: not waits.is_alive(), 60)
+    assert alone.asked <= 5
