@@ -38,7 +38,7 @@ from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
 from transfer.receipt import ItemResult, Level, Receipt, State, overall
 from transfer.staging import Way, discard, stage
-from transfer.studies import FloodStudy, flood_id
+from transfer.studies import Each, FloodStudy, flood_id, listed
 
 AT_ONCE = 4  # studies to one target, if it takes so many connections
 IN_ROW = 3  # studies that fail one after another say that the target is to blame, unless its check finds it well
@@ -105,6 +105,27 @@ class Studies:
         plan = stage(study.read(self._exclude, self.plan.origin, check), folder, check, self._way)
         # A target that is late gets the dispatch that the others got, even if a file has changed since.
         return replace(plan, dispatch_id=self.ids.setdefault(study.name, plan.dispatch_id))
+
+
+def studies_of(
+    paths: Sequence[str],
+    each: Each,
+    exclude: tuple[str, ...],
+    origin: Origin,
+    into: Path,
+    cancelled: threading.Event,
+    way: Way,
+    copies: bool,
+    sharers: int,
+) -> Studies:
+    """List the studies of a flood, as `listed` does, without reading any of them.
+
+    Args:
+        copies: whether the files are copied before they are sent. The others: as of `Studies`.
+    """
+    if each is Each.UNIT:  # what may be moved or deleted afterwards is not to be changed by a link of ours
+        way = Way.COPY if copies else Way.PLACE
+    return Studies(listed(paths, each, exclude), exclude, origin, into, cancelled, way, sharers)
 
 
 class _Staged:

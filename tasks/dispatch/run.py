@@ -25,7 +25,7 @@ from tasks.dispatch import audited, breaker, line, rest, running, waiting
 from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import LeftToAnother, Paused, knows, say_ended, say_refused, sentence
-from tasks.dispatch.flood import Flood, Studies, rows
+from tasks.dispatch.flood import Flood, Studies, rows, studies_of
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.leaving import is_left
 from tasks.dispatch.patience import is_outage, patiently
@@ -49,7 +49,7 @@ from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
 from transfer.receipt import Receipt, State, overall
 from transfer.staging import Way, discard
-from transfer.studies import Each, listed
+from transfer.studies import Each
 
 R = TypeVar("R")
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
@@ -108,8 +108,7 @@ class Dispatch:
             looks = asyncio.gather(*(self._look(target) for target in self._open))
             await self._stoppable(looks, idle=lambda: True)
             if self._is_new and not self._open:
-                reads = asyncio.to_thread(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
-                await self._stoppable(reads, idle=lambda: True)
+                await self._readable(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
                 raise
@@ -225,21 +224,16 @@ class Dispatch:
         """Plan and stage the files, of a flood when they are needed; a run that is taken up again keeps its id."""
         by_name = any(DRIVERS.of(target).facts.by_name for target in self._open)
         way = Way.COPY if copy_first else Way.NAME if by_name else Way.READ
-        if each:
-            if each == Each.UNIT:  # what may be moved or deleted afterwards is not to be changed by a link of ours
-                way = Way.COPY if by_name or copy_first else Way.PLACE
-            globs = patterns(exclude)
-            studies = await asyncio.to_thread(listed, paths, Each(each), globs)
-            self.studies = Studies(studies, globs, origin, self.staging, self.cancelled, way, len(self._open))
-            return self.ledger.runs.same_dispatch(self.flow_run_id, self.studies.plan)
-        paths = await asyncio.to_thread(deadletters.instead, self.home, self.flow_run_id, paths)
         try:
+            if each:
+                how = origin, self.staging, self.cancelled, way, by_name or copy_first, len(self._open)
+                self.studies = await self._readable(studies_of, paths, Each(each), patterns(exclude), *how)
+                return self.ledger.runs.same_dispatch(self.flow_run_id, self.studies.plan)
+            paths = await self._readable(deadletters.instead, self.home, self.flow_run_id, paths)
             staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled, way))
-        except asyncio.CancelledError as exc:
+        except (asyncio.CancelledError, DispatchCancelled) as exc:
             if not self.cancelled.is_set():
                 raise
-            raise await self._stopped_early() from exc
-        except DispatchCancelled as exc:
             raise await self._stopped_early() from exc
         self.staged = staged
         return self.ledger.runs.same_dispatch(self.flow_run_id, staged.plan)
@@ -367,6 +361,10 @@ class Dispatch:
 
         return await stoppable(work, stops, lambda: 0.0 if idle() else GRACE_S)
 
+    async def _readable(self, look: Callable[..., R], *args: Any) -> R:
+        """Look at the source in a thread; when the run is cancelled, leave that, since its share may hang."""
+        return await self._stoppable(asyncio.to_thread(look, *args), idle=lambda: True)
+
     async def conclude(self, dispatch_id: str = "", new: Sequence[Receipt] = ()) -> RunState[Any]:
         """Save the receipts and return the state in which the flow run ends its part, or all of it.
 
@@ -409,7 +407,12 @@ class Dispatch:
             return AwaitingRetry(scheduled_time=first, message=rest.message(self.waits.values(), message))
         staged = self.staged, self.staging, self.cancelled
         unsent = any(one.unsent for one in receipts)
-        await keep_files(self.home, self.flow_run_id, *staged, state, unsent)
+        try:  # it may read the source once more
+            await self._stoppable(keep_files(self.home, self.flow_run_id, *staged, state, unsent))
+        except asyncio.CancelledError:
+            if not self.cancelled.is_set():
+                raise
+            state = state if self.paused.is_set() or running.stopping() else State.CANCELLED
         if state is State.DELIVERED:
             return Completed(message=message)
         return Cancelled(message=message) if state is State.CANCELLED else Failed(message=message)

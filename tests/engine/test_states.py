@@ -267,12 +267,12 @@ def test_a_process_that_ends_says_of_no_dispatch_that_it_was_cancelled(
     assert not (up.home / "failed" / run_id).exists()
 
 
-@pytest.mark.parametrize("where", ["studies_of", "deadletters.instead", "keep_files"])
+@pytest.mark.parametrize("where", ["run.studies_of", "run.deadletters.instead", "stage._kept"])
 def test_a_dispatch_is_cancelled_while_the_share_of_its_files_hangs(
     up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """As a hard mount does that is away: no call returns until it is back."""
-    name = f"hangs-{where.replace('.', '-').replace('_', '-').lower()}"
+    name = f"hangs-{where.replace('.', '-').replace('_', '')}"
     studies.ct(tmp_path / "study" / "one", 1)
     gone = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", "max_attempts": 1}
     up.apply(**{name: gone})
@@ -282,11 +282,11 @@ def test_a_dispatch_is_cancelled_while_the_share_of_its_files_hangs(
         entered.set()
         back.wait()
 
-    monkeypatch.setattr(f"tasks.dispatch.run.{where}", hangs)
+    monkeypatch.setattr(f"tasks.dispatch.{where}", hangs)
 
     async def ended() -> State[Any] | None:
         async with get_client() as client:
-            each = "folder" if where == "studies_of" else ""
+            each = "folder" if where == "run.studies_of" else ""
             parameters = {"paths": [str(tmp_path / "study")], "targets": [name], "each": each}
             flow_run = await client.create_flow_run(dispatch, parameters=parameters, state=Pending())
             runs_here = asyncio.create_task(lanes.run_here(dispatch, flow_run))

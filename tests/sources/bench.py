@@ -121,7 +121,7 @@ class Bench:
             except DispatchError as exc:
                 return EndedRun(message=exc.message)
             by_name = any(DRIVERS.of(self.targets[name]).facts.by_name for name in asked["targets"])
-            way = Way.COPY if by_name or asked["copy_first"] else Way.PLACE  # as `tasks.dispatch.run` has it
+            way = Way.COPY if by_name or asked["copy_first"] else Way.PLACE  # as `tasks.dispatch.flood` has it
             studies = Studies(found, globs, origin, self.home.staging / run, stop, way, len(asked["targets"]))
             floods = []
             for name in asked["targets"]:
