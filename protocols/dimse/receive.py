@@ -138,13 +138,13 @@ class Depot:
         return around[0] + raw + around[1]
 
     def keep(self, part: DurableFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
-        """Give a whole file its name, if it is wanted and not there yet.
+        """Give a whole file its name, if it is wanted and not there yet; where nothing is durable yet, `note` does so.
 
         Args:
             seen: what a glance at the data set showed.
 
         Returns:
-            The status to answer with, and the header of what has its name now; then `note` is to follow.
+            The status to answer with, and the header of what is kept; then `note` is to follow.
         """
         status, header = self.identified(part, size, uid, seen)
         if header is None:
@@ -158,6 +158,11 @@ class Depot:
                 return SUCCESS, None
             self._count(why)
             return NOT_AUTHORISED, None
+        if self.durable:
+            self._name(part, uid)
+        return SUCCESS, header
+
+    def _name(self, part: DurableFile, uid: str) -> None:
         try:
             part.written()
             part.keep(f"{uid}.dcm")
@@ -166,7 +171,6 @@ class Depot:
             with self.lock:
                 self.here.discard(uid)
             raise
-        return SUCCESS, header
 
     def identified(self, part: DurableFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
         """Return the header of a whole file, if it is the instance that its request names, and wanted.
@@ -197,7 +201,17 @@ class Depot:
         """Note that nothing more comes of an instance; its sender is about to be told."""
 
     def note(self, part: DurableFile, size: int, header: Header) -> None:
-        """Count an instance that has got its name."""
+        """Count an instance that is kept.
+
+        Where nothing is durable yet, it gets its name only now, which its sender needn't wait for; if it can't get one,
+        it is not counted, and that is the `failure`.
+        """
+        if not self.durable:
+            try:
+                self._name(part, header.SOPInstanceUID)
+            except OSError as exc:
+                self.failure = partial.failure(self.folder, exc)
+                return
         item = Item(f"{header.SOPInstanceUID}.dcm", size, os.fstat(part.fd).st_mtime_ns, header)
         if not self.durable:
             self._unsettled.append(item.path)
