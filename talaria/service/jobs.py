@@ -297,11 +297,12 @@ def _unread(flow_run: FlowRun) -> dict[str, Any]:
 
 
 async def _matches(office: Office, flow_run: FlowRun) -> dict[str, Any]:
+    whole = await kept.read(office.client, flow_run.id)  # where there are more than its table has
     return {
         "flow_run_id": str(flow_run.id),
         "source": flow_run.parameters.get("source", ""),
         "state": outcome(flow_run, "found"),
-        "matches": await runs.table_of(office.client, flow_run.id, "matches"),
+        "matches": whole["matches"] if whole else await runs.table_of(office.client, flow_run.id, "matches"),
         "error": flow_run.state.message if flow_run.state and not flow_run.state.is_completed() else None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 from prefect import get_client
@@ -13,15 +14,16 @@ from prefect.states import Completed, Failed
 from blocks.base import Target
 from imaging.query import Match, Query, counted
 from tasks import DRIVERS
-from tasks.dispatch import audited
+from tasks.dispatch import audited, kept
 from tasks.dispatch.patience import patiently
+from tasks.dispatch.report import has_run_before
 from tasks.dispatch.stoppable import in_thread
 from tasks.quiet import Quiet
 from tasks.targets import check_source, load
 from transfer.errors import Unread
 
 SHOWN = ("AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "Modality", "ModalitiesInStudy")
-MOST_ROWS = 2000  # of the artifact
+MOST_ROWS = 2000  # of the table, which Prefect's pages show whole
 
 
 class SearchResult(NamedTuple):
@@ -45,11 +47,21 @@ async def search(source: str, query: Query) -> State[Any]:
     check_source(target)
     found = await in_thread("query", _find, target, query, getattr(FlowRunContext.get(), "flow_run", None))
     words = f"{counted(len(found.matches), query.level)} at {target.name}"
-    rows = [_row(match) for match in found.matches[:MOST_ROWS]]
-    await patiently(lambda: acreate_table_artifact(rows, "matches", words))
+    rows = [_row(match) for match in found.matches]
+    await patiently(lambda: _keep(rows, words))
     if found.unread:
         return Failed(message=f"{words}; {found.unread}")
     return Completed(message=words) if found.matches else Failed(message=f"nothing matches at {target.name}")
+
+
+async def _keep(rows: list[dict[str, Any]], words: str) -> None:
+    """Leave matches on the run: all of them, and as many as a page can show as a table."""
+    shown = words if len(rows) <= MOST_ROWS else f"{words}; the first {MOST_ROWS} of them"
+    again, context = has_run_before(), FlowRunContext.get()
+    if context and context.flow_run and (len(rows) > MOST_ROWS or again):
+        async with get_client() as client:
+            await kept.keep(client, context.flow_run.id, [json.dumps({"matches": rows}).encode()], again=again)
+    await acreate_table_artifact(rows[:MOST_ROWS], "matches", shown)
 
 
 async def _load(name: str) -> Target:

@@ -27,6 +27,7 @@ from talaria.front.lasting import MOST_OF_ONE
 from talaria.front.sessions import COOKIE
 from talaria.testing import studies
 from talaria.testing.process import as_loaded, free_port, until
+from tasks.retrieve.search import MOST_ROWS
 from tests.engine.material import files, folder, later, placed, source, study
 from tests.servers.qr import archive
 from tests.servers.steps import Silence
@@ -392,6 +393,24 @@ def test_a_search_ends_when_its_client_goes(up: Talaria, api: httpx.Client) -> N
                 until(lambda before=before: sum(one.bytes > 0 for one in peer.associations) > before)  # type: ignore[misc]
                 assert isinstance(answer.exception(60), httpx.ReadTimeout)
             assert peer.wait_closed(as_loaded(30))
+
+
+def test_a_search_as_a_run_gives_all_that_it_has_found(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
+    one = studies.dataset(study="1.2.3.4.1000")
+    del one.PixelData
+    file, uids = studies.encoded(one), {f"1.2.3.4.{number}" for number in range(1000, 1000 + MOST_ROWS + 10)}
+    for uid in uids:
+        studies.write(tmp_path / "web" / f"{uid}.dcm", file.replace(b"1.2.3.4.1000", uid.encode()))
+    up.apply(wide={"type": "dicomweb", "url": (tmp_path / "web").as_uri(), "direction": "query"})
+    query = api.post("/queries", json={"source": "wide", "study_date": "19000101-"}).json()["flow_run_id"]
+    followed(api, f"/queries/{query}/events")
+    found = api.get(f"/queries/{query}").json()
+    assert found["state"] == "found" and {match["StudyInstanceUID"] for match in found["matches"]} == uids
+    [table] = up.api(
+        "POST", "/artifacts/filter", artifacts={"key": {"any_": ["matches"]}, "flow_run_id": {"any_": [query]}}
+    )
+    assert table["description"] == f"{len(uids)} studies at wide; the first {MOST_ROWS} of them"
+    assert len(json.loads(table["data"])) == MOST_ROWS
 
 
 def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
