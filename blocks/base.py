@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, SecretStr, field_validator, model_validator
@@ -80,6 +80,7 @@ class Target(NamedBlock, ABC):
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
     can_move: ClassVar[bool] = False  # whether a queried one sends to a third place, which must be registered there
     _made: datetime | None = PrivateAttr(None)
+    _node_of: str = PrivateAttr("")
     _block_schema_capabilities: ClassVar[list[str]] = ["talaria-target"]
 
     direction: Direction = Field(
@@ -218,6 +219,15 @@ class Target(NamedBlock, ABC):
     def places(self, origin: Origin) -> list[str]:
         """Return what in a study's origin decides where its data goes; empty where the target alone decides."""
         return []
+
+    def at(self, origin: Origin) -> Self:
+        """Return the target with the node that a study from `origin` goes to; itself where that is always the same."""
+        return self
+
+    @property
+    def node_of(self) -> str:
+        """The node that it was given by `at`; "" for one that has always the same."""
+        return self._node_of
 
     @property
     def own_folder(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field, HttpUrl, field_validator, model_validator
 
@@ -173,6 +173,20 @@ pacs = DicomTarget.load("BLOCK_NAME")
         """Return the sender's address and the AE title that it called, as far as the target uses them."""
         found = [f"sender_host={origin.sender_host.strip().lower()}"] if self.host == SENDER else []
         return found + ([f"receiver_aet={origin.receiver_aet.strip()}"] if self.pass_receiver_aet else [])
+
+    def at(self, origin: Origin) -> Self:
+        if self.host != SENDER:
+            return self
+        try:
+            found = self.model_copy(update={
+                "host": check_host(origin.sender_host).lower(),
+                "aet_source": check_aet(origin.sender_aet) if self.pass_sender_aet else self.aet_source,
+                "aet_target": check_aet(origin.receiver_aet) if self.pass_receiver_aet else self.aet_target,
+            })  # fmt: skip
+        except ValueError:  # its push refuses it
+            return self
+        found._node_of = found.host
+        return found
 
     @model_validator(mode="after")
     def _sender_only_stores(self) -> DicomTarget:

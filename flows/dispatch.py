@@ -47,10 +47,10 @@ async def dispatch(
     try:
         async with Naming(unplanned(targets)) as naming:
             check_asked(paths, targets)
-            async with dispatching(targets, priority, naming) as running:
+            origin = Origin(sender_aet, receiver_aet, sender_host)
+            async with dispatching(targets, priority, naming, origin) as running:
                 if not await running.goes_on(paths, exclude, each):
                     return await running.conclude()
-                origin = Origin(sender_aet, receiver_aet, sender_host)
                 plan = await running.stage(paths, exclude, origin, copy_first, each)
                 receipts = await running.deliver(plan, force)
                 return await running.conclude(plan.dispatch_id, receipts)

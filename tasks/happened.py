@@ -113,12 +113,16 @@ def dispatch_refused(ledger: Ledger, run: str, targets: Iterable[str], error: Ba
         dispatch_ended(ledger, run, "", receipt, Cause.NONE if cancelled else cause, paths, at_first=True)
 
 
-def target_stands(ledger: Ledger, target: str, *, up: bool, about: Mapping[str, Any]) -> None:
-    """Say that a target does not answer any more, or answers again; once for all hosts."""
-    state = "up" if up else "down"
-    if not ledger.happenings.stands(f"target/{target}", state, at_first=not up):
+def target_stands(ledger: Ledger, target: str, *, up: bool, about: Mapping[str, Any], node: str = "") -> None:
+    """Say that a target does not answer any more, or answers again; once for all hosts.
+
+    Args:
+        node: that one of several which are meant by it; "" if it is always the same.
+    """
+    state, subject = "up" if up else "down", f"target/{target}{f'/{node}' if node else ''}"
+    if not ledger.happenings.stands(subject, state, at_first=not up):
         return
-    known = {"target": target, "cause": "" if up else str(Cause.OUTAGE), **about}
+    known = {"target": target, "cause": "" if up else str(Cause.OUTAGE), **about, **({"node": node} if node else {})}
     happened(ledger, f"target.{state}", known)
 
 

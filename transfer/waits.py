@@ -25,6 +25,9 @@ _ROW = "b.target, b.mark, b.failures, b.opened, b.tested, b.until, b.reason, t.r
 _FROM = "breakers b LEFT JOIN trials t ON t.target=b.target"
 
 
+AT = " at "  # between the names of a target, which have no blanks, and of one of its nodes
+
+
 @dataclass
 class Breaker:
     """What is known of a target that did not answer.
@@ -115,9 +118,10 @@ class Waits:
         return found if gone else None
 
     def forget(self, target: str) -> None:
-        """Forget what is known of a target that is not there any more: another one may get its name."""
+        """Forget what is known of a target that is gone, and of its nodes: another one may get its name."""
+        node, where = f"{target}{AT}", "target=? OR substr(target, 1, ?)=?"
         for table in ("breakers", "trials"):
-            self._db.execute(f"DELETE FROM {table} WHERE target=?", (target,))  # noqa: S608 - ours
+            self._db.execute(f"DELETE FROM {table} WHERE {where}", (target, len(node), node))  # noqa: S608 - ours
 
     # ---- lines of those who wait
 

@@ -21,6 +21,7 @@ LAST = (
     "late_s",
     "whose",
     "units",
+    "node",
 )  # of what is alike, the last counts
 SHOWN = 5  # dispatches that an entry names
 SHOWN_PATHS = 20
@@ -88,7 +89,7 @@ def add(body: dict[str, Any], one: Happening, *, paths: bool) -> None:
     about, entries = one.about, body.setdefault("entries", {})
     kind = next((key for key in ("target", "source", "of") if about.get(key)), "of")
     name, cause = str(about.get(kind) or ""), str(about.get("cause") or "")
-    key = f"{one.event}|{kind}|{name}|{cause}|{about.get('whose', '')}"
+    key = f"{one.event}|{kind}|{name}|{cause}|{about.get('whose') or about.get('node', '')}"
     if key not in entries and len(entries) >= MOST_ENTRIES:
         key, name, cause = f"{one.event}|{OTHERS}", OTHERS, ""
     entry: dict[str, Any] = entries.setdefault(

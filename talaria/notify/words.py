@@ -122,6 +122,8 @@ def _line(entry: dict[str, Any]) -> str:
         parts.append(f"Items: {', '.join(counts)}.")
     if entry.get("late_s"):
         parts.append(f"Late is what has not ended {entry['late_s']} s after it was to begin, or was asked for again.")
+    if entry.get("node"):
+        parts.append(f"It is its node {entry['node']}.")
     if entry.get("whose"):
         parts.append(f"The certificate is {WHOSE.get(entry['whose'], entry['whose'])}.")
     if entry.get("words"):

@@ -4,6 +4,9 @@ After LIMIT failures in a row a target's breaker opens: dispatches to it wait, a
 back; the first answer closes it. Of one that was connected and hung in a push, its check says nothing: when that is
 answered, one run pushes, and the answer to that closes it.
 
+A target that sends back to where studies come from (`host: sender`) has a breaker for each of these nodes, and is given
+here with the node that is meant (`Target.at`).
+
 What is known stands in the ledger's database, for all workers, of all hosts that share it. A target whose settings
 have changed since begins anew. Where the database can't be asked, no target counts as dead.
 """
@@ -22,7 +25,7 @@ from tasks.happened import target_stands
 from transfer.errors import DispatchError, TimedOut, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.waits import Breaker
+from transfer.waits import AT, Breaker
 
 LIMIT = 5  # failures in a row, of any dispatches
 FIRST_S, LONGEST_S = 1.0, 300.0  # at least, and at most, between two tests; the target's own delays lie between
@@ -38,15 +41,15 @@ class _Taken(Exception):
 def read(ledger: Ledger, target: Target) -> Breaker:
     """Return the state of a target's breaker."""
     with suppress(*LOST):
-        return _of(target, ledger.waits.breaker(target.name))
-    return Breaker(target.name, "")
+        return _of(target, ledger.waits.breaker(_key(target)))
+    return Breaker(_key(target), "")
 
 
 def every(ledger: Ledger, targets: list[Target]) -> dict[str, Breaker]:
     """Return the state of the breakers of targets, by name."""
     with suppress(*LOST):
         known = ledger.waits.breakers()
-        return {one.name: _of(one, known.get(one.name)) for one in targets}
+        return {one.name: _of(one, known.get(_key(one))) for one in targets}
     return {one.name: Breaker(one.name, "") for one in targets}
 
 
@@ -61,7 +64,7 @@ def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str, *,
     try:
         with ledger.together():
             hung = pushed and isinstance(error, TimedOut)
-            one = ledger.waits.count(target.name, _mark(target), reason, hung=hung)
+            one = ledger.waits.count(_key(target), _mark(target), reason, hung=hung)
             opens = one.failures >= LIMIT and not one.opened
             if opens:
                 one.opened = one.tested
@@ -71,20 +74,20 @@ def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str, *,
                 one.until = one.tested + max(FIRST_S, later)
                 ledger.waits.save(one)
         if opens:
-            _say(ledger, one, up=False)
+            _say(ledger, target, one, up=False)
     except LOST as exc:
-        logger.warning("that %s does not answer can't be noted: %s", target.name, exc)
+        logger.warning("that %s does not answer can't be noted: %s", _key(target), exc)
 
 
 def answered(ledger: Ledger, target: Target) -> None:
     """Note that a target answers; wake what waits for that."""
     try:
-        one = ledger.waits.answers(target.name)
+        one = ledger.waits.answers(_key(target))
         if one:
-            _say(ledger, one, up=True)  # also if it was open before its settings changed
+            _say(ledger, target, one, up=True)  # also if it was open before its settings changed
         line.wake(ledger, queue(target), target.max_dispatches if one and one.opened else 1)
     except LOST as exc:
-        logger.warning("that %s answers can't be noted: %s", target.name, exc)
+        logger.warning("that %s answers can't be noted: %s", _key(target), exc)
 
 
 def reached(ledger: Ledger, target: Target, run: str = "") -> None:
@@ -98,13 +101,13 @@ def reached(ledger: Ledger, target: Target, run: str = "") -> None:
             one = read(ledger, target)
             if one.trial is not None and one.opened:
                 patience = target.connect_timeout_s + 2 * target.idle_timeout_s  # after which it would have hung, too
-                ledger.waits.tries(target.name, run, ledger.now() + (patience if run else 0.0))
+                ledger.waits.tries(_key(target), run, ledger.now() + (patience if run else 0.0))
         if one.trial is None:
             answered(ledger, target)
         elif one.opened and not run:
             line.wake(ledger, queue(target))
     except LOST as exc:
-        logger.warning("that %s can be reached can't be noted: %s", target.name, exc)
+        logger.warning("that %s can be reached can't be noted: %s", _key(target), exc)
 
 
 def every_of(home: Home, targets: list[Target]) -> dict[str, Breaker]:
@@ -120,13 +123,13 @@ def has_answered(home: Home, target: Target) -> None:
         with Ledger(home.ledger) as ledger:
             reached(ledger, target)
     except LOST as exc:
-        logger.warning("that %s answers can't be noted: %s", target.name, exc)
+        logger.warning("that %s answers can't be noted: %s", _key(target), exc)
 
 
 @contextmanager
 def testing(home: Home, ledger: Ledger, target: Target) -> Iterator[bool]:
     """Be the one that tests a target during the block; yields False if another run, of any host, does."""
-    with only_one(home, ledger, f"test {target.name}") as mine:
+    with only_one(home, ledger, f"test {_key(target)}") as mine:
         yield mine
 
 
@@ -151,7 +154,12 @@ def only_one(home: Home, ledger: Ledger, what: str) -> Iterator[bool]:
 
 def queue(target: Target) -> str:
     """Return the name of the line in which runs wait for a target to answer."""
-    return f"{target.name}?"
+    return f"{_key(target)}?"
+
+
+def _key(target: Target) -> str:
+    """Return the name by which what is known of a target, or of one of its nodes, is kept; as people see it, too."""
+    return f"{target.name}{AT}{target.node_of}" if target.node_of else target.name
 
 
 def is_queue(name: str) -> bool:
@@ -161,12 +169,13 @@ def is_queue(name: str) -> bool:
 
 def _of(target: Target, found: Breaker | None) -> Breaker:
     mark = _mark(target)
-    return found if found and found.mark == mark else Breaker(target.name, mark)
+    return found if found and found.mark == mark else Breaker(_key(target), mark)
 
 
-def _say(ledger: Ledger, one: Breaker, *, up: bool) -> None:
+def _say(ledger: Ledger, target: Target, one: Breaker, *, up: bool) -> None:
     """Say that a target does not answer, or answers again."""
-    target_stands(ledger, one.target, up=up, about={"failures": one.failures, "since": one.opened})
+    about = {"failures": one.failures, "since": one.opened}
+    target_stands(ledger, target.name, up=up, about=about, node=target.node_of)
 
 
 def _mark(target: Target) -> str:

@@ -54,7 +54,7 @@ def push_task(delivery: Delivery) -> Task[[Delivery], Any]:
         if not delivery.may_go_on:
             return None
         seconds = delay_before(max(2, delivery.futile + 1), target, error)
-        if delivery.may_rest and (seconds > NEAR_S or breaker.read(delivery.ledger, target).opened):
+        if delivery.may_rest and (seconds > NEAR_S or breaker.read(delivery.ledger, _node(delivery)).opened):
             delivery.again = datetime.now(UTC) + timedelta(seconds=seconds)
             return None
         return seconds
@@ -92,11 +92,11 @@ async def push(delivery: Delivery) -> None:
     except DispatchError as exc:
         logger.warning("%s: %s", target.name, delivery.failures[-1])
         if delivery.futile > futile:
-            await asyncio.to_thread(breaker.failed, delivery.ledger, target, exc, exc.message, pushed=True)
+            await asyncio.to_thread(breaker.failed, delivery.ledger, _node(delivery), exc, exc.message, pushed=True)
         raise
     # Where all was there, it may not have been asked for more than a check asks.
     said = breaker.answered if delivery.heard else breaker.reached
-    await asyncio.to_thread(said, delivery.ledger, target)
+    await asyncio.to_thread(said, delivery.ledger, _node(delivery))
     counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
     logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
 
@@ -110,6 +110,11 @@ async def run_hook(delivery: Delivery) -> None:
         if delivery.hook_result:
             said = f"; it said: {delivery.hook_output}" if delivery.hook_output else ""
             get_run_logger().info("%s: %s%s", delivery.target.name, delivery.hook_result, said)
+
+
+def _node(delivery: Delivery) -> Target:
+    """Return the target with the node that a delivery goes to."""
+    return delivery.target.at(delivery.plan.origin)
 
 
 class _Plainly(logging.Filter):

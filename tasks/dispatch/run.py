@@ -19,7 +19,7 @@ from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
-from blocks.base import Target
+from blocks.base import NO_ORIGIN, Target
 from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running, waiting
 from tasks.dispatch.asked import Naming
@@ -68,9 +68,10 @@ class Dispatch:
         shown_live: Live,
         naming: Naming,
         priority: str,
+        origin: Origin = NO_ORIGIN,
     ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
-        self.priority = priority
+        self.priority, self.origin = priority, origin
         self.who = ""  # who asked for it, for the audit trail
         self.live, self.naming = shown_live, naming
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
@@ -126,15 +127,15 @@ class Dispatch:
 
     async def _look(self, target: Target) -> None:
         """Look whether a run may push to a target; one that comes back tests it, or takes a slot of it."""
-        left, name = self._left(target), target.name
+        left, name, node = self._left(target), target.name, target.at(self.origin)
         opening = waiting.for_its_hours(target, self.priority)
         if opening:
             self.waits[name] = opening
-        elif (self.rest.document or line.may_rest()) and await self._is_dead(target):
+        elif (self.rest.document or line.may_rest()) and await self._is_dead(node):
             return
         elif left.again > time.time():
             self.waits[name] = rest.next_attempt(target.name, left.again, left.hook_tries)
-        elif left.error in [one.__name__ for one in TESTED] and (error := await self._tested(target)):
+        elif left.error in [one.__name__ for one in TESTED] and (error := await self._tested(node)):
             self._count(target, error)
         elif left.since:
             try:
@@ -442,7 +443,7 @@ class Dispatch:
 
 
 @asynccontextmanager
-async def dispatching(targets: list[str], priority: str, naming: Naming) -> AsyncIterator[Dispatch]:
+async def dispatching(targets: list[str], priority: str, naming: Naming, origin: Origin) -> AsyncIterator[Dispatch]:
     """Load the targets and open the ledger for the current flow run; remove its staging folder at the end.
 
     Raises:
@@ -465,7 +466,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming) -> Asyn
         # After its end is noted there: what is ours in it and not at work is taken for left.
         stack.callback(running.forget, flow_run_id)
         shown_live = await stack.enter_async_context(live(home, flow_run_id))
-        dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority)
+        dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority, origin)
         stack.push_async_callback(dispatch.release)
         dispatch.rest = await patiently(lambda: rest.load(home, ledger, flow_run, [one.name for one in chosen]))
         dispatch.who = audited.requester(flow_run)

@@ -74,7 +74,7 @@ def for_an_answer(
     until += ledger.waits.before(queue, run_id, turn) * APART_S
     if run_id:
         ledger.waits.join(queue, run_id, turn, until)
-    what = f"{target.name} to answer, which it hasn't since {datetime.fromtimestamp(one.opened, UTC):%H:%M:%S} UTC"
+    what = f"{one.target} to answer, which it hasn't since {datetime.fromtimestamp(one.opened, UTC):%H:%M:%S} UTC"
     return Wait(datetime.fromtimestamp(until, UTC), what)
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from blocks.base import Target
+from blocks.dicom import DicomTarget
 from blocks.folder import FolderTarget
 from tasks.dispatch import breaker, line
 from tests.servers.postgresql import postgresql
 from transfer.errors import Denied, LedgerAway, TimedOut, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.plan import Origin
 from transfer.waits import LATE_S
 
 
@@ -53,7 +56,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def said(ledger: Ledger, target: FolderTarget) -> list[str]:
+def said(ledger: Ledger, target: Target) -> list[str]:
     return [one.event for one in ledger.happenings.waiting(100) if one.about["target"] == target.name]
 
 
@@ -130,6 +133,28 @@ def test_a_target_whose_settings_have_changed_begins_anew(hosts: Any, target: Fo
     breaker.failed(other, changed, Unreachable("no route"), "no route")
     found = breaker.read(one, changed)
     assert (found.failures, found.opened, found.until) == (1, 0, 0)
+
+
+def test_each_node_that_a_target_sends_back_to_has_a_breaker_of_its_own(hosts: Any, request: Any) -> None:
+    """One workstation that was off kept dispatches from all others, and each answer of these let it be tried again."""
+    (_, one), (_, other) = hosts
+    back = DicomTarget(host="sender", port=104, aet_target="WS").named(f"back-{abs(hash(request.node.name))}")
+    off, on = (back.at(Origin("", "", host)) for host in ("10.0.0.1", " WS-2.example "))
+    assert (off.node_of, off.host, on.node_of, off.name) == ("10.0.0.1", "10.0.0.1", "ws-2.example", back.name)
+    assert back.at(Origin("", "", "")) is back and on.endpoint_for() != off.endpoint_for()
+    for number in range(breaker.LIMIT):
+        breaker.failed((one, other)[number % 2], off, Unreachable("no route"), "no route")
+        breaker.answered(one, on)
+        breaker.answered(one, back)  # a test of the target reaches nobody
+    assert breaker.read(other, off).opened and not breaker.read(other, on).opened
+    assert breaker.queue(off) != breaker.queue(on) and not breaker.every(one, [back])[back.name].opened
+    found = [happened for happened in one.happenings.waiting(100) if happened.about["target"] == back.name]
+    assert [(happened.event, happened.about["node"]) for happened in found] == [("target.down", "10.0.0.1")]
+    breaker.answered(other, off)
+    assert not breaker.read(one, off).opened and said(one, back)[-1] == "target.up"
+    breaker.failed(one, off, Unreachable("no route"), "no route")
+    other.waits.forget(back.name)
+    assert not breaker.read(one, off).failures
 
 
 def test_failures_at_the_same_moment_all_count_and_one_of_them_opens_it(hosts: Any, target: FolderTarget) -> None:

@@ -225,6 +225,25 @@ def test_a_target_that_stays_busy_is_asked_again_without_reading_the_files(up: T
         assert len(pacs.stored) == 2
 
 
+def test_a_sender_that_is_off_keeps_nothing_from_the_others(up: Talaria, tmp_path: Path) -> None:
+    """They are one target: `host: sender`. Where one is off, the node itself is tested, and not the target."""
+    studies.ct(tmp_path / "study", 1)
+    with storescp(tmp_path / "pacs") as pacs:
+        back = dead(pacs.port, host="sender", aet_target="STORESCP", max_attempts=50)
+        up.apply(back=back | {"retry_delay_s": 1, "retry_max_delay_s": 1})
+        run = send(up, tmp_path / "study", "back", "--sender-host", "::1")  # where it does not listen
+        up.until(lambda: "back at ::1 to answer" in (up.run(run)["state"]["message"] or ""))
+        parts = up.run(run)["run_count"]
+        for number in range(2):
+            sent = up.told("send", str(tmp_path / "study"), "--to", "back", "--sender-host", "127.0.0.1", "--force")
+            assert sent["state"] == "delivered", number
+        up.until(lambda: up.run(run)["run_count"] > parts + 1 and up.run(run)["state"]["type"] == "SCHEDULED")
+        assert "back at ::1 to answer" in up.run(run)["state"]["message"]
+        up.until(lambda: events(up, "talaria.target.down").count("talaria.target.back") == 1)
+        assert "talaria.target.back" not in events(up, "talaria.target.up")
+        up.here("jobs", "cancel", run)
+
+
 def test_the_last_attempt_ends_a_run_that_comes_back(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 1)
     up.apply(pacs=dead(1, max_attempts=2))
