@@ -6,6 +6,7 @@ them empty (PS3.4 section C.2.2.1.3): dcmqrscp has no Series Description.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ Answer = dict[str, Any]
 DESCRIPTIONS = ("StudyDescription", "SeriesDescription")
 MOST_READ = 2000  # instances for one search
 AT_ONCE = 20  # instances that are read before it is looked whether others have to be
-BELIEVED = 3  # instances without a description, after which empty ones in answers are taken for what they are
+# Studies with instances that have no description either, or so many of these, after which empty ones in answers are
+# taken for what they are. Of one study alone, a few series without one say little: localizers, and reports.
+BELIEVED, BELIEVED_INSTANCES = 3, 20
 
 
 class UnsaidDescriptions:
@@ -40,7 +43,7 @@ class UnsaidDescriptions:
     ) -> None:
         self.keyword, self._unique, self._read, self._where = keyword, unique, read, where
         self._shown = self._hidden = False  # whether an answer has had one, and an instance one that its answer hid
-        self._empty = 0  # instances that had none either, or could not be read
+        self._empty: Counter[str] = Counter()  # by study, instances that had none either, or could not be read
         self._known: dict[str, str | None] = {}  # what was read, by UID; None if it could not be
         self.notes: dict[str, str] = {}
 
@@ -52,7 +55,8 @@ class UnsaidDescriptions:
         """Return True if an instance may have a description that an answer doesn't show."""
         if self.keyword not in answer:
             return True
-        return not (self._shown or text(answer[self.keyword]) or (self._empty >= BELIEVED and not self._hidden))
+        believed = len(self._empty) >= BELIEVED or self._empty.total() >= BELIEVED_INSTANCES
+        return not (self._shown or text(answer[self.keyword]) or (believed and not self._hidden))
 
     def fill(self, answers: Sequence[Answer], tests: Mapping[str, Test]) -> None:
         """Give answers the descriptions of their instances, as far as these can be read and the query needs them.
@@ -78,7 +82,8 @@ class UnsaidDescriptions:
                 value = None if values is None else text(values.get(self.keyword))
                 self._known[self._uid(one)] = value
                 self._hidden = self._hidden or bool(value)
-                self._empty += not value
+                if not value:
+                    self._empty[str(one.get("StudyInstanceUID", ""))] += 1
         for one in answers:
             value = self._known.get(self._uid(one)) if self._is_open(one, tests) else None
             if value is not None:

@@ -382,6 +382,12 @@ def test_some_instances_without_description_show_that_empty_ones_are_empty() -> 
         assert len(peer.asked(GET)) == unsaid.AT_ONCE
 
 
+def test_a_few_series_without_description_in_one_study_say_nothing_of_the_next() -> None:
+    first = series(3, SeriesDescription="")
+    with archive([*first, *files(2, SeriesDescription="T1")], blanks=frozenset(("SeriesDescription",))) as peer:
+        assert accessions(found(peer, Query(SeriesDescription=("T1",)))) == ["A0000", "A0001"]
+
+
 def test_a_filter_on_what_neither_answers_nor_instances_show_is_an_error_not_nothing_found() -> None:
     lacking = frozenset(unsaid.DESCRIPTIONS)
     with archive(files(2, StudyDescription="Kopf"), leaves_out=lacking, accept=no_get) as peer:
