@@ -25,7 +25,7 @@ from talaria.engine.database import (
     set_sqlite_up,
 )
 from talaria.engine.onestep import make_statements_one_step
-from talaria.engine.priority import QueueOfPriority
+from talaria.engine.priority import QueueOfPriority, put_scheduled_right
 from talaria.engine.unique import UniqueNames
 
 if TYPE_CHECKING:
@@ -53,7 +53,11 @@ def create_app() -> tuple[Application, Any]:
     leaner.ask_dependencies_here()
     make_index_at_start(prefect)
     add_search(prefect)
-    return QueueOfPriority(UniqueNames(prefect)), prefect
+    put_scheduled_right()
+    behind: list[Any] = [one.cls for one in prefect.user_middleware]
+    if QueueOfPriority not in behind:
+        prefect.add_middleware(QueueOfPriority)  # within it, since its own automations come to it from there
+    return UniqueNames(prefect), prefect
 
 
 def let_writers_wait() -> None:

@@ -1,6 +1,7 @@
 """Puts runs into the queue of their priority, and names dispatches, also for Prefect's own pages and clients.
 
 These name no queue, or another; and a name that a run has from its beginning is one call less when it begins, or rests.
+So it is with Prefect's automations, which call its application, and with its schedules, which write runs themselves.
 """
 
 from __future__ import annotations
@@ -59,6 +60,42 @@ class QueueOfPriority:
         self._known = {key: known for key, known in self._known.items() if known[0] > now}
         self._known[deployment] = now + KNOWN_S, ours
         return ours
+
+
+def put_scheduled_right() -> None:
+    """Let Prefect's scheduler, too, write runs of ours into the queue of their priority."""
+    from prefect.server.models import deployments
+
+    theirs = deployments._insert_scheduled_flow_runs  # a private name: tests/engine/test_due.py fails when it changes
+    if isinstance(theirs, _Inserting):
+        return
+    deployments._insert_scheduled_flow_runs = _Inserting(theirs)
+
+
+class _Inserting:
+    """What writes runs of schedules, which have the queue of their deployment."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    async def __call__(self, *, session: Any, runs: list[dict[str, Any]]) -> Any:
+        from prefect.server.models import workers
+
+        queues: Any = workers
+        for run in runs:
+            try:
+                wanted = _queue(run)
+            except (AttributeError, TypeError):  # not what a priority may be: the run is refused when it begins
+                continue
+            if wanted == run.get("work_queue_name") or run.get("work_queue_id") is None:
+                continue
+            named = await queues.read_work_queue(session=session, work_queue_id=run["work_queue_id"])
+            if named is None or named.work_pool.name != POOL:
+                continue
+            right = await queues.read_work_queue_by_name(session=session, work_pool_name=POOL, work_queue_name=wanted)
+            if right is not None:
+                run.update(work_queue_name=right.name, work_queue_id=right.id)
+        return await self._theirs(session=session, runs=runs)
 
 
 def _put_right(body: bytes) -> bytes | None:

@@ -173,6 +173,54 @@ def test_a_run_is_created_in_the_queue_of_its_priority(pool: str, path: str) -> 
         assert asyncio.run(created(odd)) == odd
 
 
+def test_runs_of_schedules_and_automations_stand_in_the_queue_of_their_priority(up: Talaria) -> None:
+    """Prefect makes both itself, in the queue of their deployment: there an urgent one waited as any other."""
+    deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
+    far = (datetime.now(UTC) + timedelta(hours=5)).isoformat()
+    right = {"urgent": "urgent", "normal": "normal", "offpeak": "offpeak"}
+
+    def made_by(kind: str) -> dict[str, str]:
+        asked = {"deployment_id": {"any_": [deployment]}}
+        found = up.api("POST", "/flow_runs/filter", flow_runs=asked, sort="EXPECTED_START_TIME_DESC")
+        return {
+            one["parameters"]["priority"]: one["work_queue_name"]
+            for one in found
+            if (one["created_by"] or {}).get("type") == kind and one["parameters"]["targets"] == ["by-itself"]
+        }
+
+    def happens() -> bool:
+        """What the automations react to; again and again, as each may have been heard of yet or not."""
+        event = {"occurred": datetime.now(UTC).isoformat(), "event": "by.itself", "id": str(uuid4())}
+        whole: Any = [event | {"resource": {"prefect.resource.id": "by.itself"}, "related": [], "payload": {}}]
+        up.as_worker("POST", "/events", whole)
+        return True
+
+    schedules, automations = [], []
+    try:
+        for priority in ("urgent", "normal", "offpeak"):
+            asked = {"paths": ["/nowhere"], "targets": ["by-itself"], "priority": priority}
+            schedule = {"interval": 86400, "anchor_date": far}
+            whole: Any = [{"schedule": schedule, "active": True, "parameters": asked}]
+            made = up.as_worker("POST", f"/deployments/{deployment}/schedules", whole)
+            schedules += [one["id"] for one in made]
+            trigger = {
+                "type": "event", "posture": "Reactive", "expect": ["by.itself"], "threshold": 1, "within": 0,
+                "match": {"prefect.resource.id": "by.itself"},
+            }  # fmt: skip
+            action = {"type": "run-deployment", "source": "selected", "deployment_id": deployment, "parameters": asked}
+            wanted = {"name": f"by itself {priority}", "trigger": trigger, "actions": [action]}
+            automations.append(up.api("POST", "/automations/", **wanted)["id"])
+        up.until(lambda: happens() and made_by("AUTOMATION").keys() == right.keys(), 60)
+        assert made_by("AUTOMATION") == right
+        up.until(lambda: made_by("SCHEDULE").keys() == right.keys(), 120)
+        assert made_by("SCHEDULE") == right
+    finally:
+        for one in automations:
+            up.api("DELETE", f"/automations/{one}")
+        for one in schedules:
+            up.api("DELETE", f"/deployments/{deployment}/schedules/{one}")
+
+
 def test_a_check_does_not_wait_for_dispatches(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 40)
     (tmp_path / "slow").mkdir()
