@@ -4,6 +4,7 @@
     ├── Retryable          the same call may succeed later
     │   ├── Unreachable    no connection: refused, no route, name not resolved
     │   ├── TimedOut       connected, but idle for longer than allowed
+    │   │   └── NothingCame    the peer says that it has sent something: it may not know where to
     │   ├── Busy           the peer asks to come back later (retry_after, seconds)
     │   │   └── DiskFull   no room where it is written, on this machine
     │   ├── Interrupted    the link broke midway
@@ -66,6 +67,10 @@ class Unreachable(Retryable):
 
 class TimedOut(Retryable):
     """The peer stayed silent for longer than the target's idle timeout."""
+
+
+class NothingCame(TimedOut):
+    """The peer says that it has sent something, and nothing came: it may not know where to."""
 
 
 class Busy(Retryable):
@@ -132,6 +137,8 @@ REMEDIES: dict[type[DispatchError], str] = {
     "that sends.",
     TimedOut: "Something takes connections there but does not answer: check that the port is that of this service, and "
     "whether the service hangs.",
+    NothingCame: "Ask the operator of the other side whether this machine is registered there as a move destination, "
+    "and whether a firewall is between.",
     Busy: "Wait and test again; if it stays so, let fewer dispatches or connections go there at once.",
     DiskFull: "Make room where it is written, on the machine that receives it.",
     Interrupted: "Test again; if it breaks each time, look into the log of the other side and at firewalls between.",

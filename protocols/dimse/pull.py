@@ -32,7 +32,7 @@ from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.copies import Copies
 from protocols.files.instances import here
-from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
+from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, NothingCame, TimedOut, Unreachable
 from transfer.fanout import gravest, in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -475,7 +475,7 @@ class Pull:
             if time.monotonic() - max(ended, expected.last_heard()) >= patience:
                 if early and not self._counts[one.uid]:
                     came = f"the peer says that it has sent the series, and nothing came within {patience:g} s"
-                    raise TimedOut(f"{self.peer.where}: {came}: {self._destination.question}{self.strangers}")
+                    raise NothingCame(f"{self.peer.where}: {came}: {self._destination.question}{self.strangers}")
                 return
             time.sleep(LOOK_S)
             self.report.check()

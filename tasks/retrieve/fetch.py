@@ -17,7 +17,7 @@ from tasks.dispatch.push import delay_before
 from tasks.quiet import Quiet
 from tasks.retrieve.job import Job, Stage, Study, size_of
 from transfer import stopping
-from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, Retryable, Unread
+from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, NothingCame, Retryable, Unread
 from transfer.receipt import PushReport, Receipt, State
 
 R = TypeVar("R")
@@ -41,6 +41,7 @@ class Fetcher:
         self.cancelled, self.paused = cancelled, paused
         self.driver = DRIVERS.of(source)
         self.quiet = Quiet(source)
+        self._in_vain = False  # whether a study was asked for as often as allowed, and what the source sent never came
         self.unread = ""  # why what the last search did not find may be there all the same
 
     def report(self) -> PushReport:
@@ -61,7 +62,9 @@ class Fetcher:
                 raise  # trying again makes no room
             except Retryable as exc:
                 attempt += 1
-                if attempt > self.source.max_attempts or self.paused.is_set():
+                lost = isinstance(exc, NothingCame)  # which takes the source's idle timeout each time
+                if attempt > (1 if lost and self._in_vain else self.source.max_attempts) or self.paused.is_set():
+                    self._in_vain = self._in_vain or lost
                     raise
                 self._wait(delay_before(attempt, self.source, exc))
 
@@ -177,6 +180,7 @@ class Fetcher:
                 get_run_logger().exception("study %s could not be fetched", study.study)
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
                 return
+            self._in_vain = self._in_vain and not receipt.items
             if receipt.state is State.DELIVERED or self.paused.is_set() or attempt == PARTIAL_TRIES:
                 break
             self._wait(delay_before(attempt + 1, self.source, None))

@@ -36,8 +36,9 @@ from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Stage, Study
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
-from tests.servers.qr import FIND, GET, Archive, Instance, Last, Request, Send, Steps, archive
+from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive
 from tests.targets.dicom import dicom_target
+from tests.targets.pulling import GETS, only, port_of_moves
 from transfer.audit import Trail, entries
 from transfer.errors import DiskFull
 from transfer.home import Home
@@ -69,7 +70,7 @@ def study(accession: str, count: int = 2) -> list[bytes]:
 
 
 def source(peer: Archive, **fields: Any) -> Target:
-    return dicom_target(peer.port, aet_target=peer.aet, direction="query", idle_timeout_s=5, **fields)
+    return dicom_target(peer.port, aet_target=peer.aet, direction="query", **{"idle_timeout_s": 5, **fields})
 
 
 async def delivered(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
@@ -559,6 +560,20 @@ def test_a_retrieval_that_is_cancelled_when_all_is_delivered_is_delivered(
     assert state.message == "1 study found, 1 delivered" and said == ["delivered"]
     document = {"state": "delivered", "waiting": []}
     assert settled(FlowRun(flow_id=uuid4(), state=state), "retrieval", document)["state"] == "delivered"
+
+
+def test_after_one_study_a_source_that_sends_elsewhere_is_asked_once_for_each(
+    concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port_of_moves(monkeypatch)
+    sends_elsewhere: Callable[[Request, list[Instance]], Steps] = lambda request, found: [Last(0)]  # noqa: E731
+    fields = {"idle_timeout_s": 0.5, "max_attempts": 3, "retry_delay_s": 0}
+    with archive(three(), accept=only(GETS), on_move=sends_elsewhere) as peer:
+        one = made(peer, source_fields=fields)
+        assert concluded(one).is_failed()
+        assert {study.stage for study in one.job.studies.values()} == {Stage.FAILED}
+        assert all("is RECEIVER registered there" in study.reason for study in one.job.studies.values())
+        assert len(peer.asked(MOVE)) == 3 + 1 + 1
 
 
 def test_what_one_study_meets_unexpectedly_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
