@@ -72,12 +72,15 @@ def _children_cpu(server: psutil.Process | None) -> float:
     """Seconds that a process has used, and its children, those too that nobody has waited for yet."""
     if server is None:
         return 0.0
-    times = server.cpu_times()
-    used = times.children_user + times.children_system + times.user + times.system
-    for child in server.children():
-        with suppress(psutil.Error):
-            used += child.cpu_times().user + child.cpu_times().system
-    return float(used)
+    while True:
+        children = {}
+        for child in server.children():
+            with suppress(psutil.Error):
+                children[child.pid] = sum(child.cpu_times()[:2])
+        times = server.cpu_times()
+        if {child.pid for child in server.children()} == children.keys():  # else one that has ended is in both or none
+            own = times.user + times.system + times.children_user + times.children_system
+            return float(own + sum(children.values()))
 
 
 @contextmanager
