@@ -110,6 +110,7 @@ class DicomFolder:
 
     Attributes:
         report: what the last look at the folder found.
+        older: files of the last `instances` that it passed over, as another one of that UID was written later.
 
     Raises:
         OSError: there is no such folder. Denied: it lies where Talaria may not read (`transfer.roots`).
@@ -127,6 +128,7 @@ class DicomFolder:
         self._index = Index(self._path, self.root / NAME)
         self._saved_at = time.monotonic()
         self.report = IndexReport()
+        self.older: list[HeldInstance] = []
         self._beside = Beside(self._index.db, ())
 
     def close(self) -> None:
@@ -255,6 +257,7 @@ class DicomFolder:
         """
         tests = study_tests(query), series_tests(query)
         self.refresh()
+        self.older.clear()
         for study, series in self._matched(*tests):
             yield from self._held(study, series)
 
@@ -324,8 +327,11 @@ class DicomFolder:
             held = HeldInstance(
                 path, Stamp(size, mtime_ns, ctime_ns, inode), uid, class_uid, syntax, study_uid, series_uid
             )
-            if uid not in last or ctime_ns > last[uid].stamp.ctime_ns:  # a push keeps the time of modification
-                last[uid] = held
+            known = last.get(uid)
+            if known is None or ctime_ns > known.stamp.ctime_ns:  # a push keeps the time of modification
+                last[uid], held = held, known or held
+            if known is not None:
+                self.older.append(held)
         yield from last.values()
 
 

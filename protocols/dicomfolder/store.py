@@ -295,12 +295,15 @@ def fetch(
                 "fetch",
             )
     plan = Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
-    return Fetched(plan, *_compared(folder, seconds if not report.pausing.is_set() else (), unique, into, report))
+    if report.pausing.is_set():
+        return Fetched(plan, 0, ())
+    return Fetched(plan, *_compared(folder, seconds, folder.older, unique, into, report))
 
 
 def _compared(
     folder: DicomFolder,
     seconds: Iterable[HeldInstance],
+    older: Iterable[HeldInstance],
     firsts: dict[str, HeldInstance],
     into: Path,
     report: PushReport,
@@ -323,6 +326,12 @@ def _compared(
     notes += [
         f"series {one}: {count} instances were not taken: another instance of the same UID is in series {other}"
         for (one, other), count in others.items()
+    ]
+    # Of several files of one series with one UID, the one that was written last stands for all; see `instances`.
+    differ = Counter(one.SeriesInstanceUID for one in older if not _serves(folder, one, into / _item(one).path, report))
+    notes += [
+        f"series {one}: {count} files were not taken: each holds another instance of a UID than a later file does"
+        for one, count in differ.items()
     ]
     return others.total(), tuple(notes)
 

@@ -335,6 +335,21 @@ def test_full_disk_at_the_destination_is_Busy(tmp_path: Path) -> None:
     assert not list((tmp_path / "into").iterdir())
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["copied", "other"])
+def test_of_files_of_one_uid_the_last_is_taken_and_what_differs_is_said(tmp_path: Path, alike: bool) -> None:
+    one = studies.dataset()
+    studies.write(tmp_path / "root" / "b.dcm", studies.encoded(one))
+    if not alike:
+        one.PixelData = bytes(len(one.PixelData))
+    last = studies.write(tmp_path / "root" / "a.dcm", studies.encoded(one))
+    source = target(tmp_path / "root")
+    for _ in range(2):
+        receipt = retrieve(source, tmp_path / "into")
+        assert receipt.state is State.DELIVERED
+        assert [path.read_bytes() for path in (tmp_path / "into").glob("*.dcm")] == [last.read_bytes()]
+        assert any("1 files were not taken: each holds another" in note for note in receipt.notes) is not alike
+
+
 @contextmanager
 def closed(*paths: str) -> Iterator[None]:
     """Let nobody read some files and folders, whose paths are relative to the root."""
