@@ -133,10 +133,11 @@ class Waits:
             (line, run, turn, until),
         )
 
-    def leave(self, line: str, run: str) -> None:
-        """Take a run out of a line."""
-        if self._stands(run, line):
-            self._db.execute("DELETE FROM lines WHERE line=? AND run=?", (line, run))
+    def leave(self, line: str, run: str) -> bool:
+        """Take a run out of a line; return whether it stood there, to one of those who say so."""
+        if not self._stands(run, line):  # most often: nothing is written then
+            return False
+        return self._db.execute("DELETE FROM lines WHERE line=? AND run=?", (line, run)).rowcount > 0
 
     def gone(self, run: str) -> list[str]:
         """Take a run out of every line; return their names."""

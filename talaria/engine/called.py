@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +16,8 @@ from prefect.states import AwaitingRetry
 from talaria.engine import hosts
 from talaria.engine.due import come
 from tasks.dispatch import line
+from tasks.dispatch.lately import loaded
+from transfer.errors import DispatchError
 from transfer.ledger import Ledger
 
 MARGIN_S = 0.1  # after that time, for the clocks of two machines
@@ -42,6 +45,26 @@ async def bring_forward(client: PrefectClient, ledger: Ledger, run_id: UUID, has
         return
     now: State[Any] = AwaitingRetry(scheduled_time=come(ledger), message=state.message)
     await client.set_flow_run_state(run_id, now, force=True)
+
+
+async def look(
+    client: PrefectClient, ledger: Ledger, active: Container[UUID], has_begun: Callable[[UUID], bool]
+) -> None:
+    """Call what waits for a target that is enabled again, and what somebody has called who could not pass it on.
+
+    Args:
+        active: the runs of this process, which look for that themselves.
+    """
+    for name in line.disabled(await asyncio.to_thread(ledger.waits.lines)):
+        count = 1  # of what waits for one that is there no more: it comes, and says so
+        with suppress(DispatchError):
+            (target,) = await loaded(client, [name])
+            count = target.max_dispatches if target.enabled else 0  # the others are called by those
+        if count:
+            await asyncio.to_thread(line.wake, ledger, line.to_be_enabled(name), count)
+    for run_id in map(UUID, await asyncio.to_thread(ledger.waits.unheard, line.LOST_S)):
+        if run_id not in active and not await waits_elsewhere(client, ledger, run_id):
+            await bring_forward(client, ledger, run_id, has_begun)
 
 
 async def call(client: PrefectClient, ledger: Ledger, run_id: UUID, has_begun: Callable[[UUID], bool]) -> None:

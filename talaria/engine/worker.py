@@ -426,9 +426,7 @@ class Worker:
     async def _look(self) -> None:
         """Ask the server for what events should have reported."""
         await self._set_alarms()
-        for run_id in map(UUID, await asyncio.to_thread(self.ledger.waits.unheard, line.LOST_S)):
-            if run_id not in self.active and not await called.waits_elsewhere(self.client, self.ledger, run_id):
-                await self._bring_forward(run_id)
+        await called.look(self.client, self.ledger, self.active, self._has_begun)
         await self._heed(list(self.active))
         await self._parts.look()
         states = [StateType.CANCELLING, StateType.PENDING]

@@ -163,7 +163,7 @@ def _key(target: Target) -> str:
 
 
 def is_queue(name: str) -> bool:
-    """Return True if a line is one of those; others stand in line for a slot."""
+    """Return True if a line is one of those."""
     return name.endswith("?")
 
 

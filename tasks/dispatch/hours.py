@@ -9,7 +9,7 @@ from blocks.base import Target
 from transfer.window import DispatchWindow
 
 OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
-DISABLED_S = 60  # a dispatch to a disabled target looks again after this
+DISABLED_S = 60  # what waits for a disabled target, and stands in no line for it, looks again after this
 
 
 def opens(target: Target, priority: str, now: datetime | None = None) -> datetime | None:

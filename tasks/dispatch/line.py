@@ -7,7 +7,7 @@ slot calls the next run, and Prefect's state of it tells the host that has its f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tasks.dispatch import running
 from transfer.ledger import Ledger
@@ -37,6 +37,16 @@ def stands(run_id: str) -> str:
 def turn(since: float, priority: str) -> float:
     """Return a run's turn, for one that has waited since then; the lowest comes first."""
     return since + AHEAD_S.get(priority, 0.0)
+
+
+def to_be_enabled(target: str) -> str:
+    """Return the name of the line in which runs wait for a target to be enabled."""
+    return f"{target}!"
+
+
+def disabled(lines: Iterable[str]) -> list[str]:
+    """Return the targets for which somebody stands in such a line."""
+    return sorted(one.removesuffix("!") for one in lines if one.endswith("!"))
 
 
 def gone(ledger: Ledger, run_id: str) -> None:

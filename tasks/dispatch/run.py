@@ -128,8 +128,8 @@ class Dispatch:
     async def _look(self, target: Target) -> None:
         """Look whether a run may push to a target; one that comes back tests it, or takes a slot of it."""
         left, name, node = self._left(target), target.name, target.at(self.origin)
-        opening = waiting.for_its_hours(target, self.priority)
-        if opening:
+        what = self.ledger, target, self.in_line, self.priority, left
+        if opening := waiting.for_its_hours(*what, rested=self.rest.kept):
             self.waits[name] = opening
         elif (self.rest.document or line.may_rest()) and await self._is_dead(node):
             return

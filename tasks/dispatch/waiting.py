@@ -32,17 +32,51 @@ from transfer.waits import Breaker
 
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
 TURNS_S = 600.0  # and at most after this
+DISABLED_S = 600.0  # after which a run looks again by itself whether a target is enabled
+AFTER_S = 2.0  # and so much later for each that stands in line before it
+LONGEST_S = 3600.0  # and at most after this
 APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 UNREAD = "its files have not been read yet"
 
 
-def for_its_hours(target: Target, priority: str) -> Wait | None:
-    """Return what a target waits for by itself: its hours, or to be enabled; None for nothing."""
+def for_its_hours(
+    ledger: Ledger, target: Target, run_id: str, priority: str, left: Left, *, rested: bool
+) -> Wait | None:
+    """Return what a target waits for by itself: its hours, or to be enabled; None for nothing.
+
+    Args:
+        rested: whether the run has waited before.
+    """
+    if not target.enabled and line.may_rest():
+        return to_be_enabled(ledger, target, run_id, priority, left)
+    if rested:
+        is_enabled(ledger, target, run_id)
     opening = opens(target, priority)
     if opening is None:
         return None
     what = f"the hours of {target.name}" if target.enabled else f"{target.name} to be enabled"
     return Wait(opening, what, soon=False)
+
+
+def to_be_enabled(ledger: Ledger, target: Target, run_id: str, priority: str, left: Left) -> Wait:
+    """Let a run stand in line for a target that is disabled; return what it waits for.
+
+    It is called when the target is enabled, wherever that is done. If not, a target that is disabled for long, and for
+    which hundreds wait, has a run come back every few seconds.
+    """
+    left.since = left.since or ledger.now()  # its turn for a slot, too
+    turn, queue = line.turn(left.since, priority), line.to_be_enabled(target.name)
+    before = ledger.waits.before(queue, run_id, turn)
+    until = ledger.now() + min(LONGEST_S, DISABLED_S + before * AFTER_S)
+    ledger.waits.join(queue, run_id, turn, until)
+    return Wait(datetime.fromtimestamp(until, UTC), f"{target.name} to be enabled", soon=False)
+
+
+def is_enabled(ledger: Ledger, target: Target, run_id: str) -> None:
+    """Let a run leave the line for a target that is enabled again, and call the next one."""
+    queue = line.to_be_enabled(target.name)
+    if ledger.waits.leave(queue, run_id):
+        line.wake(ledger, queue)
 
 
 def for_a_slot(ledger: Ledger, target: Target, run_id: str, priority: str, left: Left) -> Wait:

@@ -13,7 +13,8 @@ import pytest
 from blocks.base import Target
 from blocks.dicom import DicomTarget
 from blocks.folder import FolderTarget
-from tasks.dispatch import breaker, line
+from tasks.dispatch import breaker, line, waiting
+from tasks.dispatch.rest import Left
 from tests.servers.postgresql import postgresql
 from transfer.errors import Denied, LedgerAway, TimedOut, Unreachable
 from transfer.home import Home
@@ -266,6 +267,29 @@ def test_a_slot_is_its_run_s_until_that_is_over_or_another_process_has_it(hosts:
     for run in runs[1:]:
         assert other.held.forget(f"lease of {run}")
     assert held() == {}
+
+
+def test_what_waits_for_a_target_to_be_enabled_comes_seldom_and_is_called_in_turn(
+    hosts: Any, target: FolderTarget, called: list[str]
+) -> None:
+    """Seen: each of hundreds came back every minute, for nothing, in a place of the worker."""
+    (_, one), (_, other) = hosts
+    runs, lefts = [f"{target.name}{number}" for number in range(3)], [Left() for _ in range(3)]
+    now = one.now()
+    waits = [
+        waiting.to_be_enabled(ledger, target, run, "normal", left).until.timestamp() - now
+        for ledger, run, left in zip((one, other, one), runs, lefts, strict=True)
+    ]
+    assert waits == sorted(waits) and waits[0] >= waiting.DISABLED_S and waits[2] >= waits[0] + 2 * waiting.AFTER_S
+    again = waiting.to_be_enabled(other, target, runs[0], "normal", lefts[0]).until.timestamp() - now
+    assert waits[0] <= again < waits[1]  # it keeps its turn
+    assert target.name in line.disabled(one.waits.lines()) and target.name not in one.waits.lines()
+    line.wake(other, line.to_be_enabled(target.name))
+    assert called == runs[:1]
+    for number, ledger in enumerate((one, other, one)):  # each that finds it enabled calls the next one
+        waiting.is_enabled(ledger, target, runs[number])
+        waiting.is_enabled(ledger, target, runs[number])
+    assert called == runs and target.name not in line.disabled(one.waits.lines())
 
 
 def test_no_dispatch_fails_since_the_database_can_t_be_asked(tmp_path: Path, target: FolderTarget) -> None:

@@ -210,7 +210,7 @@ def test_a_list_of_accession_numbers_is_fetched_and_sent(inboxes: Inboxes) -> No
         assert "the source has no study that matches" in shown["detail"]
 
 
-@pytest.mark.slow  # a run waits a minute for a target that is disabled
+@pytest.mark.slow  # it takes some 20 s until a run is called whose target is enabled
 def test_what_is_under_way_goes_on_when_its_source_is_removed(inboxes: Inboxes) -> None:
     box, shelf = inboxes.make("box", "shelf")
     target = {"type": "folder", "folder": str(shelf), "layout": "{StudyInstanceUID}"}
