@@ -8,9 +8,9 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import lru_cache
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -386,12 +386,12 @@ def test_a_search_ends_when_its_client_goes(up: Talaria, api: httpx.Client) -> N
     with archive(study("Q1"), on_data=lambda _, count: Silence() if count else None) as peer:
         up.apply(mute=source(peer, idle_timeout_s=600))
         whose = {"source": "mute", "patient_name": "Nobody"}
+        headers = {"Authorization": api.headers["Authorization"], "Content-Type": "application/json"}
         for path, asked in (("/matches", whose), ("/retrievals", whose | {"into": "/tmp/nowhere"})):
             before = sum(one.bytes > 0 for one in peer.associations)
-            with client(up) as leaving, ThreadPoolExecutor(1) as thread:
-                answer = thread.submit(leaving.post, path, json=asked, timeout=httpx.Timeout(60, read=0.01))
+            with closing(HTTPConnection("127.0.0.1", up.port)) as leaving:
+                leaving.request("POST", PATH + path, json.dumps(asked), headers)
                 until(lambda before=before: sum(one.bytes > 0 for one in peer.associations) > before)  # type: ignore[misc]
-                assert isinstance(answer.exception(60), httpx.ReadTimeout)
             assert peer.wait_closed(as_loaded(30))
 
 
