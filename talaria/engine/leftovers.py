@@ -64,16 +64,21 @@ def forget(home: Home, age: float, open_runs: Collection[str], failed_age: float
 def _forget_receipts(home: Home, before: float, kept: Collection[str]) -> int:
     count = 0
     for path in home.receipt("").parent.glob("*.json"):
-        if path.stem not in kept and path.stat().st_mtime < before:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".csv").unlink(missing_ok=True)
-            count += 1
+        with suppress(FileNotFoundError, IsADirectoryError):  # somebody else has removed it, or it is none of ours
+            if path.stem not in kept and path.stat().st_mtime < before:
+                path.unlink()
+                path.with_suffix(".csv").unlink(missing_ok=True)
+                count += 1
     return count
 
 
 def _forget_retrievals(home: Home, before: float, kept: Collection[str]) -> None:
     for state in (home.root / "retrievals").glob("*/job.json"):
-        if state.stat().st_mtime < before and state.parent.name not in kept:
+        try:
+            is_old = state.stat().st_mtime < before
+        except FileNotFoundError:  # somebody else has removed it
+            continue
+        if is_old and state.parent.name not in kept:
             with suppress(OSError, ValueError, KeyError, TypeError):  # it has none, or is of an earlier Talaria
                 nearby.discard_spool(Path(json.loads(state.read_bytes())["spool"]), state.parent.name)
             discard(state.parent)

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from talaria.engine import freed, retention
+from talaria.engine.leftovers import forget
 from talaria.testing import studies
 from tasks.retrieve.job import Job
 from tests.engine.material import folder, later, source, study
@@ -333,6 +334,16 @@ def test_the_command_asks_which_runs_go_on(
     for run_id in (rests, reads):
         up.here("jobs", "cancel", run_id)
     up.api("DELETE", f"/flow_runs/{paused}")
+
+
+def test_what_is_no_receipt_keeps_nothing_from_being_forgotten(home: Home) -> None:
+    strange, old = home.receipt("a-folder"), home.receipt("old")
+    strange.mkdir(parents=True)
+    old.write_text("{}")
+    for path in (strange, old):
+        os.utime(path, (time.time() - 3 * DAY_S,) * 2)
+    assert forget(home, DAY_S, (), DAY_S, DAY_S).receipts == 1
+    assert strange.is_dir() and not old.exists()
 
 
 def test_files_of_what_was_given_up_have_a_time_of_their_own(home: Home) -> None:
