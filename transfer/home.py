@@ -100,7 +100,13 @@ class Home:
                 path.unlink(missing_ok=True)
 
     def alive(self, owner: str) -> bool:
-        """Return True if an owner's process still runs; the kernel releases the lock of one that was killed."""
+        """Return True if an owner's process still runs; the kernel releases the lock of one that was killed.
+
+        Args:
+            owner: "" for that of a run which nobody has.
+        """
+        if not owner:
+            return False
         try:
             with open(self.root / "owners" / owner, encoding="ascii") as file:
                 return not _take(file.fileno())
