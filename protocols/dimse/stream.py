@@ -81,13 +81,16 @@ class Stream:
         self._memory = mmap(-1, self.buffer, MAP_PRIVATE | MAP_ANONYMOUS)  # what nothing was read into takes no memory
         self._view = memoryview(self._memory)
         self._commands = Commands()
-        self._begin = self._end = self._pdu_left = self._pdv_left = 0
-        self._control = self.context = 0
+        self._begin = self._end = 0
+        self._pdu_left = self._pdv_left = 0
+        self._control = 0
+        self.context = 0
         self.is_command = self.last = False
         self._expected = self._low_water = 1
         self._late = 0  # waits in a row for what didn't come at once
         self.heard = self._looked = time.monotonic()
-        self.torn = self._answered = False  # the second: whether we have sent something since something came
+        self.torn = False
+        self._answered = False  # whether we have sent something since something came
         self._plain = not isinstance(self.sock, ssl.SSLSocket)
         if self._plain:
             # Time limits of the kernel's: those of Python's sockets cost a poll(2) before every call.
