@@ -22,6 +22,7 @@ from talaria.engine.database import (
     ask_connections_seldom,
     let_types_name_their_operators,
     make_index_at_start,
+    pass_times_on_plainly,
     set_sqlite_up,
 )
 from talaria.engine.onestep import make_statements_one_step
@@ -41,6 +42,7 @@ def create_app() -> tuple[Application, Any]:
 
     let_writers_wait()
     let_types_name_their_operators()
+    pass_times_on_plainly()
     set_sqlite_up()
     ask_connections_seldom()
     make_statements_one_step()

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -18,6 +19,7 @@ from prefect.server.database.configurations import AioSqliteConfiguration, Async
 from talaria.engine.runs import BEGINNING
 
 if TYPE_CHECKING:
+    from sqlalchemy import Dialect
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
@@ -106,6 +108,29 @@ def let_types_name_their_operators() -> None:
 
     for one in (database.Timestamp, database.UUID, database.JSON, database.Pydantic):
         one.operator_classes = OperatorClass.ANY
+
+
+def pass_times_on_plainly() -> None:
+    """Let drivers of databases get times as plain datetimes, which say the same.
+
+    Prefect's are pendulum's, which calculates in Python; asyncpg converts and subtracts each that it sends.
+    """
+    from prefect.server.utilities.database import Timestamp
+
+    theirs = Timestamp.process_bind_param
+
+    def process_bind_param(self: Timestamp, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return theirs(self, value if value is None else _plain(value), dialect)
+
+    if theirs.__module__ != __name__:
+        Timestamp.process_bind_param = process_bind_param  # type: ignore[method-assign]
+
+
+def _plain(value: datetime) -> datetime:
+    if type(value) is datetime:
+        return value
+    day, time = (value.year, value.month, value.day), (value.hour, value.minute, value.second, value.microsecond)
+    return datetime(*day, *time, value.tzinfo, fold=value.fold)
 
 
 def make_index_at_start(prefect: Any) -> None:

@@ -1,14 +1,21 @@
-"""Prefect's database on PostgreSQL: when its connections are asked whether they are still there."""
+"""Prefect's database: when connections to PostgreSQL are asked whether they are there, and how times get to it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from prefect.server.database.configurations import AsyncPostgresConfiguration
-from sqlalchemy import text
+from prefect.server.utilities.database import Timestamp
+from prefect.types import DateTime
+from sqlalchemy import Column, MetaData, Table, select, text
+from sqlalchemy.dialects import postgresql as postgresql_dialect
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -100,3 +107,50 @@ def test_an_engine_is_changed_once(server: PostgreSql, pings: list[bool], monkey
         assert pings == [True] * 2  # once with each use
 
     asyncio.run(look())
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Timestamp, "process_bind_param", Timestamp.process_bind_param)
+    database.pass_times_on_plainly()
+    database.pass_times_on_plainly()
+
+
+TIMES = [
+    DateTime(2026, 10, 25, 2, 30, 15, 123456, tzinfo=ZoneInfo("Europe/Vienna"), fold=1),
+    DateTime(2026, 7, 1, 12, tzinfo=UTC),
+    datetime(2026, 1, 2, 3, 4, 5, 6, UTC),
+]
+
+
+@pytest.mark.parametrize("kind", [sqlite, postgresql_dialect], ids=["sqlite", "postgresql"])
+def test_a_database_gets_plain_times_that_say_the_same(plain: None, kind: Any) -> None:
+    dialect, column = kind.dialect(), Timestamp()
+    for time in TIMES:
+        found = column.process_bind_param(time, dialect)
+        assert type(found) is datetime and found.astimezone(UTC) == datetime.fromisoformat(time.isoformat())
+    assert column.process_bind_param(None, dialect) is None
+    with pytest.raises(ValueError, match="timezone"):
+        column.process_bind_param(datetime(2026, 1, 2), dialect)
+
+
+def test_no_time_is_calculated_in_python_on_its_way_to_the_database(
+    server: PostgreSql, plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's times were converted and subtracted by asyncpg: a twentieth of what a dispatch cost the server."""
+    called: list[str] = []
+    for name in ("__sub__", "astimezone"):
+        monkeypatch.setattr(DateTime, name, lambda *_, name=name: called.append(name))
+
+    async def written() -> list[Any]:
+        async with engine_of(server) as engine, engine.begin() as connection:
+            times = Table("times", MetaData(), Column("at", Timestamp()), prefixes=["TEMPORARY"])
+            await connection.run_sync(times.create)
+            await connection.execute(times.insert(), [{"at": time} for time in TIMES])
+            return [*(await connection.execute(select(times.c.at))).scalars()]
+
+    found = asyncio.run(written())
+    assert [time.isoformat() for time in found] == [
+        datetime.fromisoformat(time.isoformat()).astimezone(UTC).isoformat() for time in TIMES
+    ]
+    assert not called
