@@ -3,19 +3,23 @@
 The server lists what is due by queue, an urgent one first, and then by time. Here they are put in the order in which
 they would get a slot at a target: by the time since which they wait, `urgent` as if they had come ten minutes earlier,
 `offpeak` ten minutes later. So those in the lower queues have their turn, for which the server's answer has no room.
+
+A Prefect server elsewhere makes runs of its schedules and automations in the queue of their deployment, whatever their
+priority, and lets nobody put one into another queue. Where many are due, they are all looked through now and then.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 
 from talaria.engine import hosts
@@ -28,6 +32,7 @@ QUEUES_S = 60.0  # for how long it is known which queues there are
 APART_S = 1.0  # by which clocks may differ without meaning it
 MOST = 200  # runs that Prefect returns at once
 LOWER = ("normal", "offpeak")  # queues, below "urgent"
+SHARE = 0.05  # of the time, at most, in which all runs that are due are looked through
 
 
 class Due:
@@ -41,6 +46,9 @@ class Due:
         self._asked = 0.0
         self._look_again = 0.0  # for runs that were passed over, in monotonic seconds
         self._look_beyond = 0.0  # and for those behind the runs of other hosts
+        self._look_through = 0.0  # and for those whose turn comes before that of their queue
+        self._full = False  # whether more may be due than the server has just listed
+        self._ahead: list[UUID] = []  # due when all were looked through, in order, where the server has another one
 
     async def found(self, *, checks: bool, others: bool) -> list[FlowRun]:
         """Return the runs that are due, the first one first.
@@ -52,8 +60,10 @@ class Due:
         now, found = come(self.ledger), list[FlowRun]()
         if others:
             found += await self.scheduled(before=now)
-            if len(found) >= self.limit:
+            self._full = len(found) >= self.limit
+            if self._full:
                 found += await self._passed_over(now)
+                found += await self._still_due(now)
         if checks and (not others or len(found) >= self.limit):
             found += await self.scheduled(before=now, queue=CHECKS)
         return sorted({one.id: one for one in found}.values(), key=turn)
@@ -70,10 +80,55 @@ class Due:
         self._look_again = 0.0 if found else time.monotonic() + PASSED_S
         return found
 
+    async def look_through(self) -> None:
+        """Find out who of all that are due comes first, if some stand in another queue than that of their priority."""
+        if getattr(self.client, "saved", ""):  # the embedded server, which lets them stand in the right one
+            return
+        began = time.monotonic()
+        if not self._full or began < self._look_through:
+            return
+        now, due, astray = come(self.ledger), dict[UUID, tuple[float, UUID]](), False
+        for queue in self._ordinary():
+            async for page in self._pages(queue, now):
+                due |= {one.id: (turn(one), one.id) for one in page}
+                astray = astray or any(_is_astray(one, queue) for one in page)
+        self._ahead = [run_id for _, run_id in sorted(due.values())[:MOST]] if astray else []
+        took = time.monotonic() - began
+        self._look_through = time.monotonic() + took / SHARE
+
+    async def _still_due(self, now: datetime) -> list[FlowRun]:
+        """Return those of the first runs of all, as they were looked through, that are still due."""
+        first = self._ahead[: self.limit + self.elsewhere + self.aside]
+        if not first:
+            return []
+        scheduled = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=first), state=scheduled)
+        found = await self.client.read_flow_runs(flow_run_filter=wanted)
+        due = {one.id: one for one in found if one.next_scheduled_start_time and one.next_scheduled_start_time <= now}
+        self._ahead = [one for one in self._ahead if one in due or one not in first]
+        return [*due.values()]
+
+    def _ordinary(self) -> list[str]:
+        """Return the queues that dispatches for this host stand in."""
+        ours = ("urgent", *LOWER)
+        return [*ours, *map(hosts.own, ours)] if hosts.several() else [*ours]
+
+    async def _pages(self, queue: str, before: datetime) -> AsyncIterator[list[FlowRun]]:
+        """Yield all runs of a queue that are to begin within a time, some of them twice.
+
+        Of more than MOST that are to begin at the same moment, some are passed over.
+        """
+        after, page = None, list[FlowRun]()
+        while not page or len(page) >= MOST:
+            page = await self.scheduled(before=before, after=after, queue=queue, limit=MOST)
+            yield page
+            last = page[-1].next_scheduled_start_time if page else None
+            if last is None:
+                return
+            after = last if after != last else last + timedelta(microseconds=1)
+
     async def beyond(self, here: Callable[[list[FlowRun]], Awaitable[list[FlowRun]]]) -> list[FlowRun]:
         """Return runs for this host behind so many for others that one answer of the server holds none of ours.
-
-        Of those that were to begin at the same moment as the last of so many, some may be passed over.
 
         Args:
             here: returns those of some runs that may begin on this host.
@@ -82,14 +137,11 @@ class Due:
             return []
         now, found = come(self.ledger), dict[UUID, FlowRun]()
         for queue in ("urgent", *LOWER):
-            after, page = None, list[FlowRun]()
-            while len(found) < self.limit and (not page or len(page) >= MOST):
-                page = await self.scheduled(before=now, after=after, queue=queue, limit=MOST)
-                found |= {one.id: one for one in await here(page)}
-                after = page[-1].next_scheduled_start_time if page else None
-                if after is None:
-                    break
-                after += timedelta(microseconds=1)
+            if len(found) < self.limit:
+                async for page in self._pages(queue, now):
+                    found |= {one.id: one for one in await here(page)}
+                    if len(found) >= self.limit:
+                        break
         self._look_beyond = 0.0 if found else time.monotonic() + PASSED_S
         return sorted(found.values(), key=turn)
 
@@ -135,6 +187,12 @@ def turn(flow_run: FlowRun) -> float:
     """Return a run's turn among those that are due; the lowest comes first."""
     since = flow_run.next_scheduled_start_time
     return line.turn(since.timestamp() if since else 0.0, str(flow_run.parameters.get("priority", "")))
+
+
+def _is_astray(flow_run: FlowRun, queue: str) -> bool:
+    """Return True if a run stands in the queue of another priority than its own."""
+    priority = flow_run.parameters.get("priority")
+    return priority in ("urgent", *LOWER) and priority != queue.partition(hosts.AT)[0]
 
 
 def is_check(flow_run: FlowRun) -> bool:

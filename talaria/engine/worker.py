@@ -440,6 +440,7 @@ class Worker:
                 await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
         pending = [flow_run for flow_run in found if flow_run.state and flow_run.state.is_pending()]
         await abandoned(self.client, self.home, self.ledger, pending)
+        await self.due.look_through()
 
     async def _take_over(self) -> None:
         await taken_over(self.client, self.ledger, self.lease.owner, self.alive, self._at_work)

@@ -14,6 +14,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 
 from talaria.engine.asgi import Message
@@ -60,6 +61,12 @@ class Server:
         ids = {"work_pool_id": str(uuid4()), "work_queue_id": str(uuid4())}
         found = [ids | {"flow_run": one} for _, _, one in sorted(due, key=lambda one: one[:2])][: json["limit"]]
         return httpx.Response(200, json=found)
+
+    async def read_flow_runs(self, flow_run_filter: FlowRunFilter) -> list[FlowRun]:
+        assert flow_run_filter.id and flow_run_filter.state
+        ids = {str(one) for one in flow_run_filter.id.any_ or ()}
+        self.asked.append("ids")
+        return [FlowRun.model_validate(one) for _, one in self.runs if one["id"] in ids]
 
     def due(self) -> Due:
         return Due(cast(PrefectClient, self), "pool", LIMIT, self.ledger)
@@ -139,6 +146,47 @@ def test_a_run_is_found_behind_any_number_that_are_for_other_hosts() -> None:
     server.add("ours", "offpeak", 1, priority="offpeak")
     asked = len(server.asked)
     assert beyond() == [] and len(server.asked) == asked  # there was nobody a moment ago: it does not ask each time
+
+
+def test_an_urgent_run_overtakes_also_from_far_behind_in_the_queue_of_its_deployment() -> None:
+    """At a Prefect server elsewhere, which makes runs of schedules there, and lets nobody put them into another one."""
+    server = Server()
+    for number in range(2 * MOST):
+        server.add(f"off{number}", "normal", 5 + number / 1000, priority="offpeak")
+    for number in range(MOST):
+        server.add(f"plain{number}", "normal", 3)  # at the same moment
+    server.add("now", "normal", 1, priority="urgent")
+    server.add("later", "normal", -1, priority="urgent")
+    due = server.due()
+    asyncio.run(due.look_through())
+    assert server.asked == []  # nothing is known to be due
+    assert not {"now", "plain0"} & {*names(due)}
+    asyncio.run(due.look_through())
+    found = names(due)
+    assert found[0] == "now" and found[1].startswith("plain") and "later" not in found
+    server.runs = [one for one in server.runs if one[1]["name"] != "now"]  # it has begun
+    assert "now" not in names(due) and names(due)[0].startswith("plain")
+    asked = len(server.asked)
+    asyncio.run(due.look_through())
+    assert len(server.asked) == asked  # it does not look through so many each time
+
+
+def test_runs_that_stand_where_they_belong_are_asked_for_once() -> None:
+    server = Server()
+    for number in range(2 * LIMIT):
+        server.add(f"plain{number}", "normal", 3, priority="normal")
+        server.add(f"off{number}", "offpeak", 3, priority="offpeak")
+    due = server.due()
+    names(due)
+    asyncio.run(due.look_through())
+    names(due)
+    assert "ids" not in server.asked
+    embedded = server.due()
+    embedded.client.saved = "1"  # type: ignore[attr-defined]  # the embedded server says so, and puts runs right itself
+    names(embedded)
+    asked = len(server.asked)
+    asyncio.run(embedded.look_through())
+    assert len(server.asked) == asked
 
 
 @pytest.mark.parametrize("pool", ["talaria", "other"])
