@@ -14,6 +14,7 @@ from pathlib import Path
 from transfer import roots
 from transfer.home import host_name
 
+AT = "@"  # between a queue's name and its host's
 HOST = "talaria.host"  # label of a run: where its files are, whatever its queue
 KEPT = "talaria.kept"  # and where on that host those are that were kept of it when it was given up
 SOURCES, PLACES = "TALARIA_SHARED_SOURCES", "TALARIA_SHARED_PLACES"
@@ -22,6 +23,11 @@ SOURCES, PLACES = "TALARIA_SHARED_SOURCES", "TALARIA_SHARED_PLACES"
 def several() -> bool:
     """Return True if several hosts share a ledger."""
     return bool(os.environ.get("TALARIA_LEDGER"))
+
+
+def of_queue(queue: str | None) -> str:
+    """Return the host whose queue it is; "" for a queue of all."""
+    return (queue or "").rpartition(AT)[2] if AT in (queue or "") else ""
 
 
 def host_of(folder: str | Path) -> str:

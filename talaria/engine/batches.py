@@ -15,8 +15,6 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
-    FlowFilter,
-    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
@@ -33,7 +31,6 @@ from blocks import Source
 from talaria.engine import hosts
 from talaria.engine.table import OF_SOURCES
 from talaria.settings import POOL
-from tasks.paging import every
 from tasks.sources.saved import KEPT
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
@@ -151,12 +148,6 @@ async def schedule_of(client: PrefectClient, name: str) -> list[str]:
     """Return the schedules that a source's deployment has now, in words."""
     there = await _deployment(client, name)
     return [_words(one.schedule) + ("" if one.active else ", paused") for one in there.schedules] if there else []
-
-
-async def hosts_of(client: PrefectClient) -> dict[str, str]:
-    """Return the host that each source belongs to, by its name; only of those that have one of their own."""
-    found = await every(client.read_deployments, flow_filter=FlowFilter(name=FlowFilterName(any_=["batch"])))
-    return {one.name: host for one in found if (host := hosts.of_queue(one.work_queue_name))}
 
 
 async def deploy_all(client: PrefectClient) -> None:

@@ -21,23 +21,18 @@ from prefect.client.schemas.objects import FlowRun
 from transfer import roots
 from transfer.errors import DispatchError
 from transfer.home import host_name
+from transfer.shared import AT as AT
 from transfer.shared import HOST as HOST
 from transfer.shared import SOURCES as SHARED
+from transfer.shared import of_queue as of_queue
 from transfer.shared import several as several
 from transfer.silent import looked
 from transfer.studies import Each, listed
-
-AT = "@"  # between a queue's name and its host's
 
 
 def own(queue: str) -> str:
     """Return the name of this host's own queue beside an ordinary one."""
     return queue_of(queue, host_name())
-
-
-def of_queue(queue: str | None) -> str:
-    """Return the host whose queue it is; "" for a queue of all."""
-    return (queue or "").rpartition(AT)[2] if AT in (queue or "") else ""
 
 
 async def queue_for(queue: str, parameters: Mapping[str, Any]) -> str:

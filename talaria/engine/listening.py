@@ -193,12 +193,13 @@ class _Watch:
         await asyncio.to_thread(self._say_who_is_full)
 
     async def _look(self, client: PrefectClient) -> None:
+        from tasks.sources import belonging
         from tasks.sources.saved import KEPT
 
         documents = [
             one for one in await KEPT.documents(client, secrets=True) if one.block_type and one.block_type.slug == SLUG
         ]
-        elsewhere = await self._elsewhere(client) if documents else {}
+        elsewhere = await belonging.elsewhere(client) if documents else {}
         # Whoever applies a source on another host moves it there, and changes nothing else.
         known = [(one.id, one.name, one.data, elsewhere.get(str(one.name))) for one in documents]
         is_new = known != self._known
@@ -250,15 +251,6 @@ class _Watch:
         if is_new:
             for one in sources:  # of one that was paused, or just changed its routes, something may wait
                 self._due.setdefault(one.name, time.monotonic())
-
-    async def _elsewhere(self, client: PrefectClient) -> dict[str, str]:
-        """Return the sources that other hosts listen for, each with its host: of several with one ledger, one does."""
-        from talaria.engine import batches, hosts
-        from transfer.home import host_name
-
-        if not hosts.several():
-            return {}
-        return {name: host for name, host in (await batches.hosts_of(client)).items() if host != host_name()}
 
     async def _sweep(self, client: PrefectClient, name: str) -> None:
         """Start the run that dispatches what is complete."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,18 +15,17 @@ from typing import Any
 from blocks import SOURCES, Source, Target
 from blocks.dicom_source import DicomSource
 from blocks.inbox import InboxSource
-from talaria.engine import batches, hosts
+from talaria.engine import batches
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
 from talaria.targetfile import action_for, differing, entry, values_of
 from tasks.documents import Broken
 from tasks.names import pick, split, type_of
-from tasks.sources import checks, units
+from tasks.sources import belonging, checks, units
 from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
 from transfer import unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
-from transfer.home import host_name
 from transfer.ledger import Ledger
 from transfer.sourcebook import Sourcebook, UnitState
 
@@ -116,7 +115,8 @@ async def apply_sources(
     names = {one.name for one in coming}
     targets = [*coming, *(one for one in await _targets(office) if one.name not in names)]
     everyone = [*wanted.values(), *kept]
-    await asyncio.to_thread(_check, wanted.values(), everyone, targets)
+    others = await _elsewhere(office, *wanted)
+    await asyncio.to_thread(_check, wanted.values(), everyone, targets, others)
     for one in (*old, *(one for one in there if one.name in wanted and one.type_name != wanted[one.name].type_name)):
         await check_removal(office, one.name, one.type_name)
     for name, action in actions.items() if not dry_run else ():
@@ -142,21 +142,33 @@ def _made(values: dict[str, Any]) -> dict[str, Source]:
     return found
 
 
-def _check(wanted: Iterable[Source], everyone: list[Source], targets: list[Target]) -> None:
+async def _elsewhere(office: Office, *names: str) -> dict[str, str]:
+    """Return the sources of other hosts, each with its host, but for those that are about to belong to this one."""
+    found = await belonging.elsewhere(office.client)
+    return {name: host for name, host in found.items() if name not in names}
+
+
+def _check(
+    wanted: Iterable[Source], everyone: list[Source], targets: list[Target], elsewhere: Mapping[str, str]
+) -> None:
     """Raise Misconfigured with a line for each reason why one of the sources can't be used."""
-    wrong = [f"source {one.name}: {why}" for one in wanted for why in _wrong_with(one, everyone, targets)]
+    wrong = [f"source {one.name}: {why}" for one in wanted for why in _wrong_with(one, everyone, targets, elsewhere)]
     if wrong:
         raise Misconfigured("\n".join(wrong))
 
 
-def _wrong_with(source: Source, everyone: list[Source], targets: list[Target]) -> list[str]:
-    return [*checks.problems(source, everyone, targets), *checks.of_listener(source, everyone)]
+def _wrong_with(
+    source: Source, everyone: list[Source], targets: list[Target], elsewhere: Mapping[str, str]
+) -> list[str]:
+    found = checks.problems(source, everyone, targets, elsewhere=elsewhere)
+    return [*found, *checks.of_listener(source, everyone, elsewhere=elsewhere)]
 
 
 async def problems_of(office: Office, source: Source) -> list[str]:
     """Return why a source that is about to be saved can't be used, each reason a sentence."""
     others = [one for one in await KEPT.all(office.client) if isinstance(one, Source) and one.name != source.name]
-    return await asyncio.to_thread(_wrong_with, source, [source, *others], await _targets(office))
+    elsewhere = await _elsewhere(office, source.name)
+    return await asyncio.to_thread(_wrong_with, source, [source, *others], await _targets(office), elsewhere)
 
 
 async def save_source(office: Office, source: Source, before: Source | None, action: str) -> None:
@@ -213,14 +225,12 @@ async def check_removal(office: Office, name: str, type_name: str) -> None:
     Raises:
         Misconfigured: there is something, or only another host knows.
     """
-    if type_name == DicomSource.type_name and hosts.several():
-        host = (await batches.hosts_of(office.client)).get(name, "")
-        if host not in ("", host_name()):
-            raise Misconfigured(
-                f"the host {host} listens for it, and only {host} knows whether all that it received is delivered:"
-                " remove it there, or apply it here first",
-                name,
-            )
+    if type_name == DicomSource.type_name and (host := (await belonging.elsewhere(office.client)).get(name)):
+        raise Misconfigured(
+            f"the host {host} listens for it, and only {host} knows whether all that it received is delivered:"
+            " remove it there, or apply it here first",
+            name,
+        )
     await asyncio.to_thread(checks.check_removal, office.home, name)
 
 
@@ -295,11 +305,17 @@ async def test_unsaved(office: Office, source: Source) -> dict[str, Any]:
     saved = [one for one in await KEPT.all(office.client) if isinstance(one, Source)]
     others = [one for one in saved if one.name != source.name]
     before = next((one for one in saved if one.name == source.name), None)
-    return await asyncio.to_thread(_tested, office, source, [source, *others], await _targets(office), before)
+    elsewhere, targets = await _elsewhere(office, source.name), await _targets(office)
+    return await asyncio.to_thread(_tested, office, source, [source, *others], targets, before, elsewhere)
 
 
 def _tested(
-    office: Office, source: Source, sources: list[Source], targets: list[Target], saved: Source | None
+    office: Office,
+    source: Source,
+    sources: list[Source],
+    targets: list[Target],
+    saved: Source | None,
+    elsewhere: Mapping[str, str],
 ) -> dict[str, Any]:
     """Test a source; what one that looks elsewhere than the saved one of its name finds there is not kept."""
     found: Counter[str] = Counter({"ready": 0, "settling": 0, "known": 0, "files": 0})
@@ -309,8 +325,8 @@ def _tested(
             folder = stack.enter_context(TemporaryDirectory(prefix="talaria-"))
             notes = stack.enter_context(Ledger(Path(folder) / "notes.sqlite"))
         row, known = ledger.sources.sweep(source.name), ledger.sources.units(source.name)
-        wrong = checks.problems(source, sources, targets, row.mount)
-        wrong += checks.of_listener(source, sources, office.home)
+        wrong = checks.problems(source, sources, targets, row.mount, elsewhere)
+        wrong += checks.of_listener(source, sources, office.home, elsewhere)
         try:
             for unit in units.units(source, notes) if not wrong else ():
                 found["files"] += unit.files

@@ -8,8 +8,9 @@ itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import unquote, urlsplit
 
 from blocks import Source, Target
@@ -29,13 +30,20 @@ from transfer.spool import FOLDER
 MOUNTS, PLANNED = Path("/proc/self/mountinfo"), Path("/etc/fstab")
 
 
-def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target], mount: str = "") -> list[str]:
+def problems(
+    source: Source,
+    sources: Iterable[Source],
+    targets: Iterable[Target],
+    mount: str = "",
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Return why a source can't be used, each reason a sentence; nothing if it can.
 
     Args:
         sources: all that are saved, or about to be.
         targets: all that are saved.
         mount: the file system that its folder lay on before; "" if that is not known.
+        elsewhere: the sources that belong to other hosts, each with its host.
     """
     known = {one.name: one for one in targets}
     found = list(_of_targets(source, known))
@@ -44,7 +52,7 @@ def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target
     if isinstance(source, ListSource):
         found += _of_file(source)
     if isinstance(source, DicomSource):
-        found += ports.loops(source, sources, known)
+        found += ports.loops(source, sources, known, elsewhere)
     for folder in source.folders:
         real = resolved(folder)
         if overlap(real, roots.state_folder()):
@@ -76,15 +84,21 @@ def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target
     return list(dict.fromkeys(found))
 
 
-def of_listener(source: Source, sources: Iterable[Source], home: Home | None = None) -> list[str]:
+def of_listener(
+    source: Source,
+    sources: Iterable[Source],
+    home: Home | None = None,
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Return why a DICOM source can't listen, each reason a sentence; what it has received is dispatched all the same.
 
     Args:
         home: of the process that listens, which knows more; None if the source is about to be saved.
+        elsewhere: the sources that belong to other hosts, each with its host.
     """
     if not isinstance(source, DicomSource):
         return []
-    found = list(dicom.problems(source, sources))
+    found = list(dicom.problems(source, [one for one in sources if one.name not in elsewhere]))
     if home is not None and source.enabled:
         found += filter(None, [listening.trouble(home, source.name)])
     return list(dict.fromkeys(found))

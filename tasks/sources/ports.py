@@ -7,9 +7,10 @@ first one: both would be removed, and nobody else would have it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from types import MappingProxyType
 
 from blocks import Target
 from blocks.dicom import SENDER, DicomTarget
@@ -18,6 +19,7 @@ from blocks.source import Source
 from protocols.net.connection import resolve_within
 from tasks.names import split
 from transfer.errors import Unreachable
+from transfer.home import host_name
 
 Address = IPv4Address | IPv6Address
 RESOLVE_S = 5.0  # for the name of a host; a resolver that is away must not hold up a sweep
@@ -57,51 +59,101 @@ def clash(one: DicomSource, other: DicomSource) -> str:
     return ""
 
 
-def loops(source: DicomSource, sources: Iterable[Source], targets: Mapping[str, Target]) -> Iterator[str]:
-    """Yield which targets of a source lead back to it, each in a sentence; only sources of this machine are known.
+def loops(
+    source: DicomSource,
+    sources: Iterable[Source],
+    targets: Mapping[str, Target],
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[str]:
+    """Yield which targets of a source lead back to it, each in a sentence.
+
+    A source of another host is found where a target names that host, or an address that its name stands for, or that
+    the source listens on.
 
     Args:
         sources: all that are saved, or about to be.
         targets: all that are saved, by name.
+        elsewhere: the sources that belong to other hosts, each with its host.
     """
     listeners = {one.name: one for one in (*sources, source) if isinstance(one, DicomSource)}
+    ways = _Ways([*listeners.values()], targets, elsewhere)
     for written in source.reaches:
-        for first in _ends(source, written, listeners.values(), targets):
+        for first in ways.ends(source, written):
             if first.name == source.name:
                 yield f"target {written} is this source itself: what it receives would come again, and then be removed"
-            elif source.name in _behind(first, listeners, targets):
+            elif source.name in ways.behind(first):
+                there = f" on the host {elsewhere[first.name]}" if first.name in elsewhere else ""
                 yield (
-                    f"target {written} is source {first.name}, from which studies come back to this one: what it"
+                    f"target {written} is source {first.name}{there}, from which studies come back to this one: what it"
                     " receives would come again, and then be removed"
                 )
 
 
-def _behind(source: DicomSource, listeners: Mapping[str, DicomSource], targets: Mapping[str, Target]) -> set[str]:
-    """Return the names of the sources that receive what a source sends, or what these send on."""
-    found: set[str] = set()
-    open_ = [source]
-    while open_:
-        one = open_.pop()
-        for written in one.reaches:
-            new = [end for end in _ends(one, written, listeners.values(), targets) if end.name not in found]
-            found.update(end.name for end in new)
-            open_ += new
-    return found
+class _Ways:
+    """Who receives what some listeners send.
+
+    Args:
+        elsewhere: the listeners of other hosts, each with its host; all others are this machine's.
+    """
+
+    def __init__(
+        self, listeners: Sequence[DicomSource], targets: Mapping[str, Target], elsewhere: Mapping[str, str]
+    ) -> None:
+        self._listeners, self._targets, self._elsewhere = listeners, targets, elsewhere
+
+    def behind(self, source: DicomSource) -> set[str]:
+        """Return the names of the sources that receive what a source sends, or what these send on."""
+        found: set[str] = set()
+        open_ = [source]
+        while open_:
+            one = open_.pop()
+            for written in one.reaches:
+                new = [end for end in self.ends(one, written) if end.name not in found]
+                found.update(end.name for end in new)
+                open_ += new
+        return found
+
+    def ends(self, source: DicomSource, written: str) -> list[DicomSource]:
+        """Return the sources that receive what a source sends to a target; on each host one at most."""
+        target = self._targets.get(split(written)[1])
+        if not isinstance(target, DicomTarget) or target.host == SENDER:
+            return []
+        title = source.aet if target.pass_receiver_aet else target.aet_target
+        alike = [one for one in self._listeners if (one.port, one.aet) == (target.port, title)]
+        return [one for one in alike if self._leads(source, target.host, one)]  # else nobody's name has to be resolved
+
+    def _leads(self, source: DicomSource, host: str, to: DicomSource) -> bool:
+        """Return True if a target's host, for the host that a source belongs to, is that of a listener."""
+        here, there = (self._elsewhere.get(one.name, "") for one in (source, to))
+        if not here and not there:
+            return _overlap(_bound(to.host), _ours(host))
+        if not to.host and host.casefold() == (there or host_name()).casefold():
+            return True
+        meant = _outside(host)
+        if not meant:  # addresses that mean the machine on which they are used
+            return here == there and _overlap(_bound(to.host), map(_to_itself, _addresses(host)))
+        if not there:
+            return _overlap(_bound(to.host), meant & _ours(host))
+        return _overlap(_bound(to.host), meant) if meant & _outside(there) else bool(meant & _bound(to.host))
 
 
-def _ends(
-    source: DicomSource, written: str, listeners: Iterable[DicomSource], targets: Mapping[str, Target]
-) -> list[DicomSource]:
-    """Return the sources, one at most, that receive what a source sends to a target."""
-    target = targets.get(split(written)[1])
-    if not isinstance(target, DicomTarget) or target.host == SENDER:
-        return []
-    title = source.aet if target.pass_receiver_aet else target.aet_target
-    alike = [one for one in listeners if (one.port, one.aet) == (target.port, title)]
-    if not alike:
-        return []  # nobody's name has to be resolved
-    here = _ours(target.host)
-    return [one for one in alike if _overlap(_bound(one.host), here)]
+def _outside(host: str) -> set[Address]:
+    """Return those of a host's addresses that mean the same host on each machine."""
+    return {one for one in map(_plain, _addresses(host)) if not (one.is_loopback or one.is_unspecified)}
+
+
+def _plain(address: Address) -> Address:
+    """Return an address of IPv4 that is written as one of IPv6 as what it is."""
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def _to_itself(address: Address) -> Address:
+    """Return the address under which whoever connects to this one reaches his own machine."""
+    address = _plain(address)
+    if not address.is_unspecified:
+        return address
+    return IPv4Address("127.0.0.1") if address.version == 4 else IPv6Address("::1")
 
 
 def _bound(host: str) -> frozenset[Address]:
@@ -134,12 +186,9 @@ def _overlap(ones: Iterable[Address], others: Iterable[Address]) -> bool:
 def _ours(host: str) -> set[Address]:
     """Return those of a host's addresses that are this machine's own."""
     found: set[Address] = set()
-    for address, (family, place) in _addresses(host).items():
-        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-        address = mapped or address
-        if address.is_unspecified:  # whoever connects to it is connected with this machine
-            found.add(IPv4Address("127.0.0.1") if address.version == 4 else IPv6Address("::1"))
-        elif address.is_loopback or _is_route_to_itself(family, place):
+    for written, (family, place) in _addresses(host).items():
+        address = _to_itself(written)
+        if address.is_loopback or _is_route_to_itself(family, place):
             found.add(address)
     return found
 

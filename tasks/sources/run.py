@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ from prefect.states import Completed, Failed
 from blocks import Source, Target
 from tasks.dispatch import running
 from tasks.happened import happened
-from tasks.sources import checks
+from tasks.sources import belonging, checks
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
 from tasks.sources.sweep import Sweep, Swept
@@ -31,9 +32,9 @@ from transfer import unitlist
 from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
+from transfer.shared import AT, of_queue
 from transfer.sourcebook import SweepRow
 
-AT = "@"  # in the name of a queue, before the host that it is of
 LOOK_S = 0.5  # between two looks whether a source was changed on this machine
 ELSEWHERE_S = 60.0  # and whether it was from another one
 
@@ -120,12 +121,13 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
         with locked(folder / f"source-{source.name}", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
             if mine is None:
                 return Completed(message="another sweep of it is running: nothing was done")
-            host = (flow_run.work_queue_name or "").partition(AT)
-            dispatching = PrefectDispatching(client, home, source.name, f"{AT}{host[2]}" if host[2] else "")
+            host = of_queue(flow_run.work_queue_name)
+            dispatching = PrefectDispatching(client, home, source.name, f"{AT}{host}" if host else "")
             before = ledger.sources.sweep(source.name)
             following = asyncio.create_task(wish.follow(client, home, source))
             try:
-                await asyncio.to_thread(_check, source, sources, targets, before)
+                others = await belonging.elsewhere(client)
+                await asyncio.to_thread(_check, source, sources, targets, before, others)
                 by_name = {one.name: one for one in targets}
                 done = await Sweep(source, by_name, home, ledger, dispatching, wish.check).run()
             except Cancelled:
@@ -143,9 +145,11 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
     return Completed(message=done.words)
 
 
-def _check(source: Source, sources: list[Source], targets: list[Target], before: SweepRow) -> None:
+def _check(
+    source: Source, sources: list[Source], targets: list[Target], before: SweepRow, elsewhere: Mapping[str, str]
+) -> None:
     """Raise Misconfigured, with all reasons, if a source can't be swept."""
-    if wrong := checks.problems(source, sources, targets, before.mount):
+    if wrong := checks.problems(source, sources, targets, before.mount, elsewhere):
         raise Misconfigured("; ".join(wrong), source.name)
 
 

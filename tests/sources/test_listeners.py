@@ -341,7 +341,7 @@ def test_a_source_that_is_moved_to_another_host_leaves_this_one(
 
     monkeypatch.setattr("tasks.sources.saved.KEPT.documents", documents)
     monkeypatch.setattr("tasks.sources.saved.KEPT.made_of", lambda document: one)
-    monkeypatch.setattr("talaria.engine.batches.hosts_of", hosts_of)
+    monkeypatch.setattr("tasks.sources.belonging.hosts_of", hosts_of)
     monkeypatch.setattr(watch, "_stuck", lambda name, words: said.append(f"{name}: {words}"))
 
     def look() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -11,9 +13,13 @@ from blocks import Target
 from blocks.dicom import DicomTarget
 from blocks.dicom_source import DicomSource
 from blocks.dicom_tls import DicomTlsTarget
+from talaria.service import Office
+from talaria.service import sources as service
 from tasks.sources import checks
 from tasks.sources.ports import clashes, loops
 from tests.targets.dicom_tls import certificates
+from transfer.home import Home
+from transfer.ledger import Ledger
 
 
 def source(name: str, port: int = 104, **fields: Any) -> DicomSource:
@@ -56,8 +62,8 @@ def test_addresses_are_compared_and_not_their_names(one: str, other: str, clash:
         assert not clash or "give both the same host, or two ports" in found["b"]
 
 
-def wrong(here: DicomSource, others: list[DicomSource], *targets: Target) -> list[str]:
-    return list(loops(here, [here, *others], {one.name: one for one in targets}))
+def wrong(here: DicomSource, others: list[DicomSource], *targets: Target, **elsewhere: str) -> list[str]:
+    return list(loops(here, [here, *others], {one.name: one for one in targets}, elsewhere))
 
 
 def name_of_this_machine() -> str:
@@ -113,3 +119,81 @@ def test_loops_over_several_sources_are_refused_and_chains_are_not() -> None:
     assert wrong(ct, [mr, source("xa", targets=["pacs"])], *ways, target("pacs", host="192.0.2.254")) == []
     into = source("us", targets=["to-ct"])  # it leads into a circle, and is not of it
     assert wrong(into, [ct, mr, xa], *ways) == []
+
+
+THERE = "192.0.2.7"  # a host that is known by its address, so that nobody has to be asked for it
+
+
+@pytest.mark.parametrize(
+    ("there", "to", "listens", "loop"),
+    [
+        (THERE, THERE, "", True),
+        (THERE, f"::ffff:{THERE}", "", True),
+        (THERE, THERE, THERE, True),
+        (THERE, THERE, "192.0.2.8", False),  # of its addresses another one
+        ("mr-host.invalid", "MR-host.invalid", "", True),  # known there, if not here
+        ("mr-host.invalid", THERE, THERE, True),
+        ("mr-host.invalid", THERE, "", False),  # whose that is can't be seen
+        (THERE, "192.0.2.8", "", False),
+        (THERE, "127.0.0.1", "", False),  # this machine
+        (THERE, "name of this machine", "", False),
+    ],
+)
+def test_a_loop_over_two_hosts_is_refused_where_it_is_seen(
+    there: str, to: str, listens: str, loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would have removed what the other had confirmed."""
+    monkeypatch.setenv("TALARIA_HOST_NAME", "ct-host")
+    to = name_of_this_machine() if to.startswith("name") else to
+    ct, mr = source("ct", targets=["to-mr"]), source("mr", 105, host=listens, targets=["to-ct"])
+    ways = target("to-mr", 105, host=to, aet_target="MR"), target("to-ct", host="CT-host", aet_target="CT")
+    found = wrong(ct, [mr], *ways, mr=there)
+    assert bool(found) is loop
+    assert not loop or found[0].startswith(f"target to-mr is source mr on the host {there}, from which studies come")
+
+
+def test_what_another_host_sends_to_itself_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_HOST_NAME", "ct-host")
+    ct, mr, xa = source("ct", targets=["to-mr"]), source("mr", targets=["to-xa"]), source("xa", targets=["to-ct"])
+    ways = [target("to-mr", host=THERE, aet_target="MR"), target("to-xa", aet_target="XA")]
+    ways += [target("to-ct", host=name_of_this_machine(), aet_target="CT")]
+    assert wrong(ct, [mr, xa], *ways, mr=THERE, xa="192.0.2.8") == []  # its 127.0.0.1 is another machine than xa's
+    monkeypatch.setattr(ways[2], "host", "ct-host")
+    assert wrong(ct, [mr, xa], *ways, mr=THERE, xa=THERE)
+    assert wrong(ct, [mr], *ways, mr=THERE) == []
+
+
+def test_listeners_of_two_hosts_may_have_one_port_and_title() -> None:
+    ct, other = source("ct"), source("other", aet="CT")
+    assert "is that of other" in checks.of_listener(ct, [ct, other])[0]
+    assert checks.of_listener(ct, [ct, other], elsewhere={"other": "there"}) == []
+
+
+def test_who_applies_or_tests_a_source_hears_of_a_loop_over_another_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that is applied becomes this host's, wherever it was."""
+    ct, mr = source("ct", targets=["to-mr"]), source("mr", targets=["to-ct"])
+    ways = [target("to-mr", host=THERE, aet_target="MR"), target("to-ct", host="ct-host", aet_target="CT")]
+
+    async def saved(client: Any, **asked: Any) -> list[Any]:
+        return [ct, mr]
+
+    async def targets(client: Any, **asked: Any) -> list[Any]:
+        return ways
+
+    async def hosts_of(client: Any) -> dict[str, str]:
+        return {"mr": THERE, "ct": "elsewhere.invalid"}
+
+    monkeypatch.setenv("TALARIA_HOST_NAME", "ct-host")
+    monkeypatch.setattr("tasks.sources.saved.KEPT.all", saved)
+    monkeypatch.setattr("tasks.targets.TARGETS.all", targets)
+    monkeypatch.setattr("tasks.sources.belonging.hosts_of", hosts_of)
+    office = Office(cast("Any", object()), Home(tmp_path))
+    assert asyncio.run(service.problems_of(office, ct)) == []  # of one host mr is this machine's, and THERE is not it
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
+    (words,) = asyncio.run(service.problems_of(office, ct))
+    assert "target to-mr is source mr on the host 192.0.2.7" in words
+    monkeypatch.setattr("talaria.service.sources.Ledger", lambda path: Ledger(tmp_path / "ledger.sqlite"))
+    tested = asyncio.run(service.test_unsaved(office, ct))
+    assert not tested["ok"] and words in tested["problems"]

@@ -265,7 +265,7 @@ def test_what_another_host_has_received_is_that_host_s_to_say(bench: Bench, monk
     def ask(type_name: str = "dicom") -> None:
         asyncio.run(sources.check_removal(Office(cast("Any", object()), bench.home), "box", type_name))
 
-    monkeypatch.setattr("talaria.engine.batches.hosts_of", hosts_of)
+    monkeypatch.setattr("tasks.sources.belonging.hosts_of", hosts_of)
     monkeypatch.setenv("TALARIA_HOST_NAME", "here")
     ask()
     monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
