@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,12 +24,11 @@ from talaria.server import FrontServer, child, healthy, serving, stop_child, use
 from talaria.settings import POOL, Settings, client_environment
 from transfer import roots
 from transfer.audit import Event, record
-from transfer.errors import DispatchError
+from transfer.database import LOST
 from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
 CALM_S = 2.0  # before what died is started again
-LOST = (DispatchError, OSError, sqlite3.Error)  # of the ledger, or of the disk that the state directory is on
 LISTENING = "from talaria.engine.listening import main\nmain()"
 WORKER = "from talaria.imports import staying\nwith staying(): from talaria.engine.worker import main\nmain()"
 

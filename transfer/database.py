@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transfer.errors import LedgerAway, Misconfigured
+from transfer.errors import DispatchError, LedgerAway, Misconfigured
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, CursorResult, Engine
@@ -33,6 +33,8 @@ PREFIXES = ("postgresql://", "postgres://", "postgresql+psycopg://")
 # A server that is gone without a word is noticed within these.
 KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
 KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
+# What a ledger raises whose database is away, or whose disk is: nothing that it is asked says that it is wrong.
+LOST = (DispatchError, OSError, sqlite3.Error)
 LEASE_S = 30.0  # how long a host's runs are its own without a word of it, unless TALARIA_LEASE says otherwise
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import sqlite3
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from tasks.sources.inbox import MARKER
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
 from transfer import unitlist
-from transfer.errors import DispatchError
+from transfer.database import LOST
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
 
@@ -40,7 +39,7 @@ NET_S = 600.0  # after which a watched source is swept whatever was noticed
 BLIND_S = 60.0  # and where not all is noticed
 STALE_S = 5.0  # for a folder to say which one it is
 CALM_S = 1.0  # between two sweeps of a source
-LOST = (httpx.HTTPError, PrefectException, OSError, DispatchError, sqlite3.Error)
+AWAY = (*LOST, httpx.HTTPError, PrefectException)  # the server, the ledger or the disk
 logger = logging.getLogger("talaria.sources")
 
 
@@ -101,7 +100,7 @@ class _Sweeping:
         while True:
             try:
                 await self._look()
-            except LOST as exc:
+            except AWAY as exc:
                 logger.debug("sources were not looked at: %s", exc)
             except Exception:  # whatever it is, the others go on
                 logger.exception("sources were not looked at")

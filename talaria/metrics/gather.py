@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -29,7 +28,7 @@ from tasks.paging import every
 from tasks.sources.saved import KEPT
 from tasks.targets import all_targets
 from transfer import deadletters, listening
-from transfer.errors import DispatchError
+from transfer.database import LOST
 from transfer.happenings import Total
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
@@ -137,7 +136,7 @@ class Gatherer:
     ) -> None:
         home, targets = self._home, [one for one in saved if isinstance(one, Target)]
         breakers: dict[str, Breaker] = {}
-        with suppress(DispatchError, OSError, sqlite3.Error), Ledger(home.ledger) as ledger:
+        with suppress(*LOST), Ledger(home.ledger) as ledger:
             found.totals = ledger.happenings.totals(host_name() if ledger.shared else "")
             found.messages = ledger.messages.counts()
             breakers = breaker.every(ledger, targets)

@@ -8,7 +8,6 @@ own; nothing is sent, and whoever vouches for the certificate does not matter.
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from blocks.dicom_tls import DicomTlsTarget
 from protocols.http.origin import WebOrigin
 from protocols.net.connection import connect
 from protocols.net.tls import Tls, certificate_shown
+from transfer.database import LOST
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -91,7 +91,7 @@ def _ask(home: Home, targets: list[Target]) -> None:
     try:
         with Ledger(home.ledger) as ledger:
             ask(ledger, targets)
-    except (DispatchError, OSError, sqlite3.Error) as exc:  # the next look tries again
+    except LOST as exc:  # the next look tries again
         logger.warning("certificates of targets can't be kept: %s", type(exc).__name__)
     finally:
         _lock.release()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from transfer.errors import DispatchError
+from transfer.database import LOST
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
 from transfer.messages import FAILED, OPEN, SENT, Overtaken, StoredMessage
@@ -80,7 +79,7 @@ class Notifier:
                     step.add_done_callback(self._sending.discard)
                     await asyncio.shield(step)
                     self._said = ""
-                except (DispatchError, OSError, sqlite3.Error, httpx.HTTPError) as exc:
+                except (*LOST, httpx.HTTPError) as exc:
                     self._say(f"{type(exc).__name__}: {exc}")
                 except Exception:  # whatever it is, the next look must come
                     logger.exception("messages wait: an unexpected error")
@@ -207,5 +206,5 @@ class Notifier:
                 else f"is tried again at {time.strftime('%H:%M:%S', time.gmtime(again))} UTC"
             )
             logger.warning("message %d of rule %s %s: %s", one.number, one.rule, what, error)
-        with suppress(DispatchError, sqlite3.Error):  # then the claim ends by itself, and it is sent again
+        with suppress(*LOST):  # then the claim ends by itself, and it is sent again
             await asyncio.to_thread(ledger.messages.settle, one, state, error, again)

@@ -24,6 +24,7 @@ from tasks.documents import Broken
 from tasks.names import split
 from tasks.targets import all_targets, facts, load
 from transfer import live
+from transfer.database import LOST
 from transfer.errors import REMEDIES, Misconfigured
 from transfer.health import FAILED, Probe, watched
 from transfer.ledger import Ledger
@@ -215,7 +216,7 @@ async def forget_standing(office: Office, name: str) -> None:
     target = split(name)[1]
 
     def forget() -> None:
-        with suppress(*breaker.LOST), Ledger(office.home.ledger) as ledger:
+        with suppress(*LOST), Ledger(office.home.ledger) as ledger:
             ledger.happenings.stands(f"target/{target}", "up", at_first=False)
             ledger.waits.forget(target)
 

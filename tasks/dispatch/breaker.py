@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from blocks.base import Target
 from tasks.dispatch import line
 from tasks.happened import target_stands
+from transfer.database import LOST
 from transfer.errors import DispatchError, TimedOut, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -30,7 +30,6 @@ from transfer.waits import AT, Breaker
 LIMIT = 5  # failures in a row, of any dispatches
 FIRST_S, LONGEST_S = 1.0, 300.0  # at least, and at most, between two tests; the target's own delays lie between
 DEAD = (Unreachable, TimedOut)  # errors that count
-LOST = (DispatchError, OSError, sqlite3.Error)  # of the ledger's database
 logger = logging.getLogger(__name__)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from prefect.context import FlowRunContext
 from tasks.dispatch import audited, line, rest, running
 from tasks.dispatch.delivery import Delivery
 from tasks.happened import WORDS_CHARS, Cause, cause_of, dispatch_ended, dispatch_refused
+from transfer.database import LOST
 from transfer.deliveries import Standing
 from transfer.errors import Cancelled, Denied, DispatchError, LedgerAway
 from transfer.happenings import CANCELLED
@@ -124,7 +124,7 @@ def unsaid_is_no_failure(run_id: str) -> Iterator[None]:
     """Let a run end as it does where that can't be said."""
     try:
         yield
-    except (DispatchError, OSError, sqlite3.Error) as exc:
+    except LOST as exc:
         logger.warning("the end of run %s is not known to others: %s", run_id, exc)
 
 

@@ -8,7 +8,6 @@ thread, for each slot.
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from uuid import UUID
@@ -20,13 +19,12 @@ from prefect.exceptions import PrefectException
 from blocks.base import Target
 from tasks.dispatch import line
 from tasks.targets import limit, limit_name
-from transfer.errors import DispatchError
+from transfer.database import LOST
 from transfer.ledger import Ledger
 
 LEASE_S = 60  # a killed worker's slot is free again after this
 WAIT_S = 2.0  # between two tries to get a slot, unless one becomes free in this process
 LOCKED = 423  # HTTP: all slots are taken
-LOST = (DispatchError, sqlite3.Error)  # of the ledger's database
 
 
 class NoSlot(Exception):

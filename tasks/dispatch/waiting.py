@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,8 +20,8 @@ from tasks.dispatch.lately import loaded
 from tasks.dispatch.rest import Left, Rest, Wait
 from transfer import deadletters, plan
 from transfer import live as shown
+from transfer.database import LOST
 from transfer.deliveries import Standing
-from transfer.errors import DispatchError
 from transfer.globs import patterns
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -225,6 +224,6 @@ async def ahead(
             if (one.opened and one.until > now) or others_stand_in_line(ledger, target, run_id, priority):
                 continue
             return None
-    except (DispatchError, OSError, sqlite3.Error):
+    except LOST:
         return None
     return UnreadRest(home, targets, breakers, priority)

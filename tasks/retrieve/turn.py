@@ -9,11 +9,11 @@ from prefect import get_client
 
 from blocks.base import Target
 from tasks.dispatch import line
-from tasks.dispatch.breaker import LOST
 from tasks.dispatch.run import SLOT_S
 from tasks.dispatch.slots import NoSlot, slots
 from tasks.dispatch.waiting import TURN_S, TURNS_S
 from tasks.retrieve.job import Job
+from transfer.database import LOST
 from transfer.home import Home
 from transfer.ledger import Ledger
 
