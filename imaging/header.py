@@ -49,7 +49,15 @@ BEGINNING_BYTES = 1024  # of a file, which hold what identifies the instance
 
 
 class NotDicom(Exception):
-    """The file is not DICOM; targets that carry only DICOM skip it."""
+    """The file is not DICOM; targets that carry only DICOM skip it.
+
+    Attributes:
+        is_directory: whether it is a DICOMDIR, which lists instances and is none.
+    """
+
+    def __init__(self, message: str, *, is_directory: bool = False) -> None:
+        super().__init__(message)
+        self.is_directory = is_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +195,7 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
             return _bare(window, wanted)
         meta, offset = _meta(window, PREAMBLE_BYTES if head[128:132] == b"DICM" else 0)
         if _common(meta.get(0x00020002, b"")) == MEDIA_STORAGE_DIRECTORY:
-            raise NotDicom("a DICOMDIR, which is not an instance")
+            raise NotDicom("a DICOMDIR, which is not an instance", is_directory=True)
         syntax = _common(meta.get(0x00020010, b""))
         if not syntax:
             return _unnamed(window, offset, wanted, "no Transfer Syntax UID (0002,0010)")

@@ -116,7 +116,17 @@ class Denied(Permanent):
 
 
 class Unread(Denied):
-    """Part of a source can't be read: what was found is whole, what was not may be in that part."""
+    """Part of a source can't be read: what was found is whole, what was not may be in that part.
+
+    Args:
+        about: accession numbers and study UIDs, in lower case, that are known to be in it; empty if anything may be.
+    """
+
+    def __init__(
+        self, message: str, target: str = "", item: str | None = None, about: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(message, target, item)
+        self.about = about
 
 
 class NotFound(Permanent):

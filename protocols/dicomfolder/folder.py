@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from imaging.query import Match, Query
 from protocols.dicomfolder.index import ATTRIBUTES, DAMAGED, NAME, NOT_DICOM, Index, Stamp
 from protocols.dicomfolder.indexes import INDEXES, SUFFIX
 from protocols.dicomfolder.scan import Changes, Work, apply, look
-from protocols.dicomfolder.unread import Beside, UnreadEntry, may_have_more
+from protocols.dicomfolder.unread import Beside, Lack, UnreadEntry
 from protocols.files.tree import Tree
 from transfer.beneath import FOLDER
 from transfer.errors import Rejected
@@ -48,6 +48,7 @@ SERIES_FIELDS = (
     *_COMMON, "Modality", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber",
     "PerformedProcedureStepStartDate", "PerformedProcedureStepStartTime", "BodyPartExamined",
 )  # fmt: skip
+_SERIES_UID = SERIES_FIELDS.index("SeriesInstanceUID")
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,17 @@ class DicomFolder:
 
     # ---- answering
 
-    def unread(self, study: str) -> int:
-        """Return how many files and folders, which the last look could not read, may hold instances of a study."""
-        return self._beside.count(study)
+    def lack(self, study: str, series: Collection[str] | None = None) -> Lack:
+        """Return what the last look could not read, or found damaged, and is or may be part of a study.
+
+        Args:
+            series: those that are asked for; None for all.
+        """
+        return self._beside.lack(study, series)
+
+    def damaged(self, asked: Collection[str]) -> frozenset[str]:
+        """Return those accession numbers and study UIDs, in lower case, of which there is nothing but damaged files."""
+        return self._beside.named(asked)
 
     def find(self, query: Query) -> Iterator[Match]:
         """Yield the studies or series that match, as the folder is now, in the order of their files' paths.
@@ -303,12 +312,11 @@ class DicomFolder:
         ).fetchone()
         answer = _answer(SERIES_FIELDS, row)
         answer["00201209"] = {"vr": "IS", "Value": [instances]}
-        return self._match({**self._study_answer(study)[0], **answer}, instances)
+        return self._match({**self._study_answer(study)[0], **answer}, instances, {str(row[_SERIES_UID])})
 
-    def _match(self, answer: dict[str, Any], instances: int) -> Match:
+    def _match(self, answer: dict[str, Any], instances: int, series: Collection[str] | None = None) -> Match:
         match = Match(keyworded(answer), instances)
-        count = self.unread(match.StudyInstanceUID)
-        return replace(match, note=may_have_more(count)) if count else match
+        return replace(match, note=str(self.lack(match.StudyInstanceUID, series)))
 
     def _held(self, study: int, series: int) -> Iterator[HeldInstance]:
         db = self._index.db

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 from imaging.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
 from imaging.header import Header
+from imaging.remains import Remains
 
 NAME = ".talaria-index.sqlite"  # hidden, and one of the names that no plan and no index takes for data
 APPLICATION_ID = 0x54414C49  # "TALI": the mark of our own files (PRAGMA application_id)
-VERSION = 1  # of the tables; a file of another version is made anew
+VERSION = 2  # of the tables; a file of another version is made anew
 DIGEST_BYTES = 32
 STALE_S = 3600  # a part of an index that is older was left behind by a process that was killed
 
@@ -85,7 +86,8 @@ TAGS = frozenset(ORDER)
 CHARSET = 0x00080005  # Specific Character Set
 
 # A study is identified by patient and UID, as Orthanc does: one UID under two patients is two studies.
-# `header` of a series and of a study is the row that speaks for it; see `Index.settle`.
+# `header` of a series and of a study is the row that speaks for it; see `Index.settle`. Of a damaged file, `uid`,
+# `study`, `of_series` and `accession` are what it still says, "" for nothing; NULL for a file that belongs to no study.
 SCHEMA = f"""
 CREATE TABLE folders (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, mark BLOB NOT NULL);
 CREATE TABLE studies (id INTEGER PRIMARY KEY, patient TEXT NOT NULL, uid TEXT NOT NULL, header INTEGER,
@@ -97,8 +99,9 @@ CREATE TABLE headers (id INTEGER PRIMARY KEY, series INTEGER NOT NULL, mark BLOB
 CREATE INDEX headers_series ON headers (series);
 CREATE TABLE files (folder INTEGER NOT NULL, name BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
   ctime_ns INTEGER NOT NULL, inode INTEGER NOT NULL, kind INTEGER NOT NULL, header INTEGER, uid TEXT,
-  class_uid TEXT, syntax TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID;
+  class_uid TEXT, syntax TEXT, study TEXT, of_series TEXT, accession TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID;
 CREATE INDEX files_header ON files (header) WHERE header IS NOT NULL;
+CREATE INDEX files_damaged ON files (study) WHERE study IS NOT NULL;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
 """
@@ -220,17 +223,29 @@ class Index:
         return len(names)
 
     def put_file(
-        self, folder: int, name: bytes, stamp: Stamp, kind: int, instance: IndexedInstance | None = None
+        self,
+        folder: int,
+        name: bytes,
+        stamp: Stamp,
+        kind: int,
+        instance: IndexedInstance | None = None,
+        left: Remains | None = None,
     ) -> None:
-        """Add a file, or replace what is known about it."""
+        """Add a file, or replace what is known about it.
+
+        Args:
+            left: what a damaged file says that may be part of a study.
+        """
         self._touch(folder, [name])
-        row: tuple[Any, ...] = (None, None, None, None)
+        row: tuple[Any, ...] = (None,) * 7
         if instance is not None:
             header = instance.header
             row = (self._header(instance), header.SOPInstanceUID, header.SOPClassUID, header.TransferSyntaxUID)
-        self.db.execute(
-            "INSERT OR REPLACE INTO files VALUES (?,?,?,?,?,?,?,?,?,?,?)", (folder, name, *stamp, kind, *row)
-        )
+            row += (None,) * 3
+        elif left is not None:
+            row = (None, left.instance, None, None, left.study, left.series, left.accession)
+        marks = ",".join("?" * 14)
+        self.db.execute(f"INSERT OR REPLACE INTO files VALUES ({marks})", (folder, name, *stamp, kind, *row))  # noqa: S608
 
     def remove_files(self, folder: int, names: list[bytes]) -> None:
         """Remove files that are gone; an unknown one is not an error."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
-from imaging.header import Damaged, NotDicom, read_elements
+from imaging.header import PREAMBLE_BYTES, Damaged, NotDicom, read_elements
+from imaging.remains import Remains, remains
 from protocols.dicomfolder.index import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, IndexedInstance, Stamp
 from protocols.dicomfolder.unread import LOST_AND_FOUND, UnreadEntry
 from protocols.files.tree import Tree
@@ -32,6 +34,10 @@ TICK_NS = 20_000_000
 COARSE_NS = 2_000_000_000
 OWN = (b".talaria-", b".incoming-")  # names of our own, here and in folders that other targets write
 MARKER = b".complete"
+# How files of instances are named: as people name them, or as devices do, by numbers and UIDs (IM000001, 1.2.840.1).
+# What has no content but such a name was to be one; a hidden file (macOS makes one beside each) wasn't.
+CALLED_DICOM = re.compile(rb"[^.].*\.(dcm|dicom|dic|ima)", re.IGNORECASE | re.DOTALL)
+NUMBERED = re.compile(rb"[^.]*[0-9][^.]*(\.[0-9]+)*|[^.]+(\.[0-9]+){2,}", re.DOTALL)
 # A share whose server is gone: no answer can be given. Any other error is about one file or folder.
 GONE = frozenset(
     (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNRESET, errno.EHOSTDOWN,
@@ -154,6 +160,7 @@ class Read(NamedTuple):
 
     Attributes:
         stamp: None if the file can't be read, or is gone.
+        left: what a damaged file says that may be part of a study.
         settled: whether any later change of the file must change its stamp.
     """
 
@@ -161,6 +168,7 @@ class Read(NamedTuple):
     stamp: Stamp | None
     kind: int = NOT_DICOM
     instance: IndexedInstance | None = None
+    left: Remains | None = None
     settled: bool = True
 
 
@@ -233,7 +241,7 @@ def _put(index: Index, folder: int, read: Read, work: Work) -> bool:
         return False
     work.read += 1
     stamp = read.stamp if read.settled else read.stamp._replace(size=-1)  # equals no file's
-    index.put_file(folder, read.name, stamp, read.kind, read.instance)
+    index.put_file(folder, read.name, stamp, read.kind, read.instance, read.left)
     return read.settled
 
 
@@ -247,9 +255,9 @@ def _read(tree: Tree, folder: bytes, name: bytes) -> Read:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return Read(name, None)
-        kind, instance = _kind(fd, info.st_size)
+        kind, instance, left = _kind(fd, info.st_size, name)
         stamp = Stamp.of(info)
-        return Read(name, stamp, kind, instance, stamp == Stamp.of(os.fstat(fd)) and not _coarse(stamp))
+        return Read(name, stamp, kind, instance, left, stamp == Stamp.of(os.fstat(fd)) and not _coarse(stamp))
     except OSError as exc:
         return _failed(name, exc)
     finally:
@@ -263,16 +271,27 @@ def _failed(name: bytes, exc: OSError) -> Read:
     return Read(name, None, NOT_DICOM if vanished else DAMAGED)
 
 
-def _kind(fd: int, size: int) -> tuple[int, IndexedInstance | None]:
+def _kind(fd: int, size: int, name: bytes) -> tuple[int, IndexedInstance | None, Remains | None]:
+    """Return what a file is: an instance, a damaged one with what it still says, or something else."""
     try:
         header, elements = read_elements(fd, size, TAGS)
-    except NotDicom:
-        return NOT_DICOM, None
+    except NotDicom as exc:
+        # What a full disk or a crash leaves behind may be blank, or other bytes than were written.
+        meant = not exc.is_directory and (CALLED_DICOM.fullmatch(name) or (NUMBERED.fullmatch(name) and _blank(fd)))
+        return (DAMAGED, None, Remains()) if meant else (NOT_DICOM, None, None)
     except Damaged:
-        return DAMAGED, None
-    if not header.StudyInstanceUID or not header.SeriesInstanceUID:
-        return DAMAGED, None  # belongs nowhere; servers refuse such instances
-    return INSTANCE, IndexedInstance(header, elements)
+        named = CALLED_DICOM.fullmatch(name) or NUMBERED.fullmatch(name)
+        return DAMAGED, None, remains(fd, size) if named or not _blank(fd) else None
+    if header.StudyInstanceUID and header.SeriesInstanceUID:
+        return INSTANCE, IndexedInstance(header, elements), None
+    # Servers refuse such instances; a color palette or a hanging protocol is none of a study's.
+    left = Remains(header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID, header.AccessionNumber)
+    return DAMAGED, None, left if any((left.study, left.series, header.PatientID, header.Modality)) else None
+
+
+def _blank(fd: int) -> bool:
+    """Return True if a file begins with nothing but zeros, or is empty."""
+    return not any(os.pread(fd, PREAMBLE_BYTES, 0))
 
 
 def _coarse(stamp: Stamp) -> bool:

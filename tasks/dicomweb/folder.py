@@ -10,16 +10,16 @@ import logging
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
 from imaging.query import Match, Query, listed, text
-from protocols.dicomfolder.folder import DicomFolder, IndexReport
+from protocols.dicomfolder.folder import DicomFolder, HeldInstance, IndexReport
 from protocols.dicomfolder.store import FolderPush, fetch
-from protocols.dicomfolder.unread import may_have_more
+from protocols.dicomfolder.unread import Lack
 from protocols.files import filesystem as fs
 from protocols.files.incoming import Style
 from protocols.files.tree import Tree
@@ -139,7 +139,7 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
     """Yield the studies or series that match, as the folder is now.
 
     Raises:
-        Unread: after all matches, if something that is asked for may be where nothing can be read.
+        Unread: after all matches, if something that is asked for may be where nothing can be read, or is damaged.
     """
     asked = {one.strip().casefold() for one in (*query.AccessionNumber, *listed(query.StudyInstanceUID))} - {""}
     found: set[str] = set()
@@ -150,6 +150,8 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
         _log(target, folder.report)
         if folder.report.unread and (asked - found or not asked):
             raise Unread(f"{_unreadable(folder.report)}: it may be there", target.name)
+        if damaged := folder.damaged(asked - found):
+            raise Unread("all that there is of it is damaged", target.name, about=damaged)
 
 
 # ---- retrieve
@@ -158,7 +160,7 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
 def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushReport) -> Receipt:
     """Copy the instances of all series that match into a folder, as `<SOP instance UID>.dcm`.
 
-    What can't be read, and may be part of the studies, is missing.
+    What can't be read or is damaged, and may be part of the studies, is missing.
 
     Raises:
         NotFound: nothing matches.
@@ -170,12 +172,18 @@ def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushRepor
         if not held:
             raise NotFound(f"{target.url}: nothing matches the query")
         got = fetch(folder, held, into, report, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
-        unread = sum(folder.unread(uid) for uid in dict.fromkeys(one.StudyInstanceUID for one in held))
-        notes = (*got.notes, *(text for _, text in _passed_over(folder.report)))
-        if unread:
-            notes = (may_have_more(unread), *notes)
-    receipt = report.receipt(target.name, got.plan, verified=Level.LISTED, notes=notes)
-    return replace(receipt, missing=receipt.missing + got.missing + unread)
+        lack = _lack(folder, held)
+        notes = (str(lack), *got.notes, *(text for _, text in _passed_over(folder.report)))
+    receipt = report.receipt(target.name, got.plan, verified=Level.LISTED, notes=tuple(filter(None, notes)))
+    return replace(receipt, missing=receipt.missing + got.missing + lack.count)
+
+
+def _lack(folder: DicomFolder, held: Iterable[HeldInstance]) -> Lack:
+    """Return what may be part of the series of these instances, and can't be given."""
+    series: dict[str, set[str]] = {}
+    for one in held:
+        series.setdefault(one.StudyInstanceUID, set()).add(one.SeriesInstanceUID)
+    return sum((folder.lack(*one) for one in series.items()), Lack())
 
 
 def _log(target: DicomWebTarget, report: IndexReport) -> None:

@@ -43,6 +43,7 @@ class Fetcher:
         self.quiet = Quiet(source)
         self._in_vain = False  # whether a study was asked for as often as allowed, and what the source sent never came
         self.unread = ""  # why what the last search did not find may be there all the same
+        self.unread_about = frozenset[str]()  # what of it is known to be there, in lower case; empty if anything may be
 
     def report(self) -> PushReport:
         return PushReport(cancelled=self.cancelled, pausing=self.paused)
@@ -84,7 +85,7 @@ class Fetcher:
         find = self.driver.find
         assert find is not None  # noqa: S101 - `check_source` has seen it
         found: list[Match] = []
-        self.unread = ""
+        self.unread, self.unread_about = "", frozenset()
         try:
             with stopping.stoppable(self.report().check):
                 for match in find(self.source, query):
@@ -92,8 +93,12 @@ class Fetcher:
                     found.append(match)
         except Unread as exc:
             self.quiet.error(exc)
-            self.unread = exc.message
+            self.unread, self.unread_about = exc.message, exc.about
         return found
+
+    def _may_be_there(self, number: str) -> bool:
+        """Return True if what the last search did not find may be there all the same."""
+        return bool(self.unread) and (not self.unread_about or number.strip().casefold() in self.unread_about)
 
     def find_pending(self) -> None:
         """Search for the accession numbers that have not been searched for; the job keeps each result."""
@@ -120,10 +125,8 @@ class Fetcher:
         self._take(found)
         seen = {number.strip().casefold() for match in found for number in _numbers(match)}
         unseen = [number for number in batch if number.strip().casefold() not in seen]
-        if self.unread:  # they may be there
-            self.job.failed |= dict.fromkeys(unseen, self.unread)
-        else:
-            self.job.missing += unseen
+        self.job.failed |= dict.fromkeys(filter(self._may_be_there, unseen), self.unread)
+        self.job.missing += [number for number in unseen if not self._may_be_there(number)]
         self._done(batch)
 
     def _done(self, batch: list[str]) -> None:
@@ -141,11 +144,12 @@ class Fetcher:
         """Find studies by the other keys than accession numbers."""
         found = self.patiently(lambda: self.find([]))
         self._take(found)
+        seen = {match.StudyInstanceUID for match in found}
+        unseen = [uid for uid in dict.fromkeys(listed(self.filters.StudyInstanceUID)) if uid not in seen]
+        self.job.unknown = [uid for uid in unseen if not self._may_be_there(uid)]
         if self.unread:  # it is not known what there is
             self.job.error = self.unread
             return
-        seen = {match.StudyInstanceUID for match in found}
-        self.job.unknown = [uid for uid in dict.fromkeys(listed(self.filters.StudyInstanceUID)) if uid not in seen]
         self.job.searched = True
         self.job.save()
 

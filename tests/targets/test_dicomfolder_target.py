@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -437,6 +438,123 @@ def test_what_may_be_where_nothing_can_be_read_is_not_called_missing(tmp_path: P
             found_at(source, Query(AccessionNumber=("UNSEEN",)))
         assert not found_at(source, Query(AccessionNumber=("SEEN",))).unread
     assert [one["AccessionNumber"] for one in find(source, AccessionNumber=("UNSEEN",))] == ["UNSEEN"]
+
+
+def damaged(whole: Path, way: str) -> bytes:
+    """Return the bytes of a file with a damage of some kind."""
+    data = whole.read_bytes()
+    return {
+        "empty": b"",
+        "preamble": bytes(100),
+        "meta": data[:200],
+        "header": data[: data.index(b"\x20\x00\x0d\x00UI")],
+        "blank": bytes(len(data)),
+        "garbled": data.replace(b"\x08\x00\x20\x00DA", b"\xf5" * 6),
+        "pixels": data[:-100],
+    }[way]
+
+
+@pytest.mark.parametrize("way", ["empty", "preamble", "meta", "header", "blank", "garbled", "pixels"])
+@pytest.mark.parametrize("name", ["half.dcm", "IM000042", "1.2.840.42"])
+def test_a_study_beside_which_a_file_is_damaged_is_partial(tmp_path: Path, way: str, name: str) -> None:
+    root = tmp_path / "root"
+    whole = series(root, 2)
+    other = studies.dicom(root / name)  # of another study, as far as it says
+    other.write_bytes(damaged(other, way))
+    receipt = retrieve(target(root), tmp_path / "into")
+    (match,) = found_at(target(root), Query()).matches
+    names_its_study = way == "pixels"
+    assert (receipt.state, receipt.counts[Kind.DELIVERED]) == (
+        State.DELIVERED if names_its_study else State.PARTIAL,
+        len(whole),
+    )
+    assert receipt.missing == (0 if names_its_study else 1)
+    words = "1 files beside it are damaged, and may be of it"
+    assert any(words in note for note in receipt.notes) is not names_its_study
+    assert (words in match.note) is not names_its_study
+    other.unlink()
+    assert retrieve(target(root), tmp_path / "into").state is State.DELIVERED
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.txt", b"All images of today."),
+        ("Thumbs.db", bytes.fromhex("d0cf11e0a1b11ae1") + bytes(600)),
+        ("DONE", b""),
+        ("IM1.lock", b""),
+        ("._0.dcm", bytes.fromhex("00051607") + bytes(600)),  # macOS writes one beside each file
+        ("report2", b"%PDF-1.7"),
+        ("disk0.iso", bytes(4096)),
+        (".hidden", bytes(300)),
+    ],
+)
+def test_what_is_no_dicom_leaves_a_study_whole(tmp_path: Path, name: str, content: bytes) -> None:
+    series(tmp_path / "root", 1)
+    (tmp_path / "root" / name).write_bytes(content)
+    receipt = retrieve(target(tmp_path / "root"), tmp_path / "into")
+    assert receipt.state is State.DELIVERED and not receipt.missing
+    (match,) = found_at(target(tmp_path / "root"), Query()).matches
+    assert not match.note
+
+
+def test_a_damaged_file_counts_for_the_study_and_series_that_it_names_wherever_it_lies(tmp_path: Path) -> None:
+    root, uids = tmp_path / "root", [studies.uid(), studies.uid()]
+    for study in uids:
+        for number in range(2):
+            studies.dicom(root / study / f"{number}.dcm", study=study, series=f"{study}.{number}")
+    half = studies.dicom(root / uids[1] / "half.dcm", study=uids[0], series=f"{uids[0]}.1")
+    shutil.copy(half, root / "whole.dcm")
+    half.write_bytes(half.read_bytes()[:-100])
+    source = target(root)
+
+    def missing(**keys: Any) -> int:
+        return retrieve(source, tmp_path / "into", **keys).missing
+
+    assert [missing(StudyInstanceUID=uid) for uid in uids] == [0, 0]  # a whole copy is there
+    (root / "whole.dcm").unlink()
+    shutil.copy(half, root / "copy.dcm")
+    assert [missing(StudyInstanceUID=uid) for uid in uids] == [1, 0]
+    assert [missing(SeriesInstanceUID=f"{uids[0]}.{number}") for number in range(2)] == [0, 1]
+    notes = {match.SeriesInstanceUID: match.note for match in found_at(source, Query(level="series")).matches}
+    assert {uid for uid, note in notes.items() if "1 files of it are damaged" in note} == {f"{uids[0]}.1"}
+
+
+@pytest.mark.parametrize("lacks", ["series", "study", "both"])
+def test_an_instance_that_names_no_series_makes_its_study_partial_and_what_is_none_of_a_study_does_not(
+    tmp_path: Path, lacks: str
+) -> None:
+    root, study = tmp_path / "root", studies.uid()
+    studies.dicom(root / "0.dcm", study=study)
+    one = studies.dataset(study=study)
+    if lacks != "series":
+        del one.StudyInstanceUID
+    if lacks != "study":
+        del one.SeriesInstanceUID
+    studies.write(root / "1.dcm", studies.encoded(one))
+    assert retrieve(target(root), tmp_path / "into").missing == 1
+    for keyword in ("Modality", "PatientID", "StudyInstanceUID", "SeriesInstanceUID"):
+        one.pop(keyword, None)
+    studies.write(root / "1.dcm", studies.encoded(one))  # as a color palette or a hanging protocol is
+    assert retrieve(target(root), tmp_path / "into").missing == 0
+
+
+def test_a_number_of_which_all_is_damaged_is_not_called_missing_and_others_are(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    series(root, 1, AccessionNumber="WHOLE")
+    for name, end in (("a", -100), ("b", -200)):
+        (path,) = series(root / name, 1, AccessionNumber=f"Half {name}")
+        path.write_bytes(path.read_bytes()[:end])
+    source = target(root)
+    job = Job(tmp_path / "job", pending=["WHOLE", "HALF A", "half b", "NONE"])
+    fetcher = Fetcher(source, Query(), job, threading.Event(), threading.Event())
+    fetcher.find_pending()
+    assert [one.accession for one in job.studies.values()] == ["WHOLE"] and job.missing == ["NONE"]
+    assert job.failed == dict.fromkeys(["HALF A", "half b"], "all that there is of it is damaged")
+    with pytest.raises(Unread, match="damaged"):
+        found_at(source, Query(AccessionNumber=("Half a",)))
+    assert not found_at(source, Query(AccessionNumber=("NONE", "WHOLE"))).unread
+    assert not found_at(source, Query(AccessionNumber=("WHOLE",), StudyDate="18000101")).matches  # filtered out
 
 
 def test_what_is_passed_over_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
