@@ -40,6 +40,7 @@ SETS = {
 }  # fmt: skip
 FAR = 200  # small instances over the long way
 LISTED = 2000  # accession numbers
+SLOTS = 2  # of a source, unless its `max_dispatches` says otherwise
 DCMQRSCP_STUDIES = 500  # more it keeps of no AE title, whatever its configuration says
 ROOT = "/dev/shm"
 
@@ -115,7 +116,7 @@ def retrieve(port: int, folder: Path, aet: str, associations: int, study: str) -
 
 
 def look_up(port: int, aet: str, single: bool, numbers: Path) -> None:
-    """Find a list of accession numbers, each by a query of its own or as a driver does."""
+    """Find a list of accession numbers, each by a query of its own or as a retrieval with two slots does."""
     from imaging.query import Query
     from protocols.dimse.query import finder
     from protocols.dimse.search import PeerSearch
@@ -124,7 +125,7 @@ def look_up(port: int, aet: str, single: bool, numbers: Path) -> None:
     wanted = tuple(numbers.read_text().split())
     known = {one for at, one in enumerate(wanted) if at % 10}
     with finder(Peer("127.0.0.1", port, aet)) as asked, section():
-        search = PeerSearch(asked)
+        search = PeerSearch(asked, 1 if single else SLOTS)
         queries = [Query(AccessionNumber=(one,)) for one in wanted] if single else [Query(AccessionNumber=wanted)]
         found = {one.attributes["AccessionNumber"] for query in queries for one in search.find(query)}
     if found != known:

@@ -33,7 +33,7 @@ from tasks import dicom_move, dicom_pull
 from tasks.driver import Driver, Facts
 from tasks.probes import reach
 from tasks.quiet import Quiet
-from transfer import stopping
+from transfer import granted, stopping
 from transfer.errors import DispatchError, Misconfigured, TimedOut
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan, header_of
@@ -338,7 +338,7 @@ def find(target: DicomTarget, query: Query) -> Iterator[Match]:
     """Yield the studies or series that match."""
     try:
         with finder(_peer(target, target.host, target.aet_target, target.aet_source), stopping.check) as asked:
-            yield from PeerSearch(asked).find(query)
+            yield from PeerSearch(asked, min(target.concurrency, granted.connections())).find(query)
     except DispatchError as exc:
         exc.target = exc.target or target.name
         raise

@@ -8,15 +8,16 @@ query on this side, by the rules of `imaging.match`; an answer that may be cut s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from imaging.loss import WANTED, wanted
 from imaging.match import Test, in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse import stored
-from protocols.dimse.accessions import Accessions
+from protocols.dimse.accessions import Accessions, Ask, Each
 from protocols.dimse.below import CAPS, InParts
+from protocols.dimse.beside import Beside
 from protocols.dimse.identifier import encodings
 from protocols.dimse.levels import IMAGE_FIELDS, SERIES_FIELDS, STUDY_FIELDS
 from protocols.dimse.lone import studies_of
@@ -28,6 +29,8 @@ from protocols.dimse.wording import worded
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
 
+T = TypeVar("T")
+R = TypeVar("R")
 Answer = dict[str, Any]
 
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
@@ -36,10 +39,15 @@ MOST_STALE = 3  # studies that announce more series than they have, after which 
 
 
 class PeerSearch:
-    """The studies, series and instances of one peer."""
+    """The studies, series and instances of one peer.
 
-    def __init__(self, finder: Finder) -> None:
+    Args:
+        associations: how many may be open at once, the finder's among them.
+    """
+
+    def __init__(self, finder: Finder, associations: int = 1) -> None:
         self.finder = finder
+        self._beside = Beside(self, finder, self._another, associations)
         self._refused: set[str] = set()  # optional keys that this peer doesn't take
         self._whole = WholeSearch(self._at_study_level, finder.peer.where, stops=finder.root != PATIENT_ROOT_FIND)
         self._stale = 0  # studies that announced more series than there were
@@ -50,6 +58,12 @@ class PeerSearch:
             UnsaidDescriptions(keyword, unique, self._stored, finder.peer.where)
             for keyword, unique in zip(DESCRIPTIONS, ("StudyInstanceUID", "SeriesInstanceUID"), strict=True)
         )
+
+    def _another(self, finder: Finder) -> PeerSearch:
+        """Return who asks for the same over another association, and knows what has been learnt of the peer."""
+        other = PeerSearch(finder)
+        other._refused, other._charsets = self._refused, self._charsets
+        return other
 
     def find(self, query: Query) -> Iterator[Match]:
         """Yield the studies or series that match, each once.
@@ -323,12 +337,23 @@ class PeerSearch:
                 studies, keys | ({"AccessionNumber": accessions[0]} if len(accessions) == 1 else {})
             )
         elif accessions:
-            yield from Accessions(lambda given, most: self._worded({**keys, **given}, most)).find(accessions)
+            yield from Accessions(self._each(keys)).find(accessions)
         elif query.StudyDescription and not keys:
             for value in query.StudyDescription:
                 yield from self._worded({"StudyDescription": value.strip().replace("\\", "?")})
         else:
             yield from self._worded(keys)
+
+    def _each(self, keys: dict[str, str]) -> Each:
+        """Return what asks for studies by further keys, several at once where it may."""
+
+        def each(work: Callable[[Ask, T], R], values: Sequence[T]) -> list[R]:
+            def one(search: PeerSearch, value: T) -> R:
+                return work(lambda given, most: search._worded({**keys, **given}, most), value)
+
+            return self._beside.each(one, values)
+
+        return each
 
     def _by_uid(self, uids: list[str], keys: dict[str, str]) -> Iterator[tuple[Mapping[str, str], Answer]]:
         """Yield studies by lists of UIDs, and ask for each alone that no list brings: not every peer accepts lists."""
@@ -343,9 +368,10 @@ class PeerSearch:
                         yield sent, one
             except Misconfigured:
                 break
-        for uid in uids:
-            if uid not in found:
-                yield from self._worded(keys | {"StudyInstanceUID": uid})
+        left = [uid for uid in uids if uid not in found]
+        alone = self._beside.each(lambda search, uid: list(search._worded(keys | {"StudyInstanceUID": uid})), left)
+        for answers in alone:
+            yield from answers
 
     def _worded(self, keys: dict[str, str], most: int = 0) -> Iterator[tuple[Mapping[str, str], Answer]]:
         """Ask in a form that the peer accepts: in one character set after another, without keys that it refuses."""
@@ -385,9 +411,10 @@ class PeerSearch:
     def _asked(self, keys: dict[str, str], charset: str, most: int) -> list[Answer]:
         while True:
             try:
-                if most or any(key in keys and not re.search(r"[*?]", keys[key]) for key in EXACT):
+                exact = [keys[key] for key in EXACT if key in keys and not re.search(r"[*?]", keys[key])]
+                if most or "StudyInstanceUID" in keys or any("\\" in value for value in exact):
                     return list(self._at_study_level(keys, charset, most))
-                return self._whole.answers(keys, charset)
+                return self._whole.answers(keys, charset, narrow=bool(exact))
             except HasMore:
                 raise
             except Misconfigured:

@@ -46,22 +46,32 @@ class WholeSearch:
         self._gave = 0  # the most answers that it has given to one query
         self._doubted = 0  # queries that were spent on answers which only their number makes doubtful
 
-    def answers(self, keys: Keys, charset: str) -> list[Answer]:
+    def answers(self, keys: Keys, charset: str, *, narrow: bool = False) -> list[Answer]:
         """Return all answers to a query, asked in parts if the peer doesn't give them at once.
+
+        Args:
+            narrow: whether few answers are expected, so that these are not worth a look whether there are more.
 
         Raises:
             HasMore: there is more than the peer gives, and no way to ask for it.
             Misconfigured: it doesn't take the query. Busy: it answers nothing now.
         """
-        return self._parted(keys, charset, (*SPLITTERS, BY_UID))
+        return self._parted(keys, charset, (*SPLITTERS, BY_UID), least=max(LEAST, self._gave) if narrow else 0)
 
     def _parted(
-        self, keys: Keys, charset: str, splitters: tuple[Splitter, ...], above: Keys | None = None, depth: int = 0
+        self,
+        keys: Keys,
+        charset: str,
+        splitters: tuple[Splitter, ...],
+        above: Keys | None = None,
+        depth: int = 0,
+        least: int = 0,
     ) -> list[Answer]:
         """Return all answers to a query.
 
         Args:
             above: the query of which this is a part.
+            least: number of answers below which they are taken for all that there are.
 
         Raises:
             _Ignored: the peer answers the part like the whole.
@@ -79,6 +89,8 @@ class WholeSearch:
         suspected = False
         if busy is None:
             self._gave = max(self._gave, len(found))
+            if len(found) < least:
+                return found
             probes = self._probes(keys, charset, found)
             more = probes.show_more()
             if more:

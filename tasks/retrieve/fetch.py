@@ -16,7 +16,8 @@ from tasks import DRIVERS
 from tasks.dispatch.push import delay_before
 from tasks.quiet import Quiet
 from tasks.retrieve.job import Job, Stage, Study, size_of
-from transfer import stopping
+from tasks.retrieve.turn import slots_of
+from transfer import granted, stopping
 from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, NothingCame, Retryable, Unread
 from transfer.receipt import PushReport, Receipt, State
 
@@ -87,7 +88,7 @@ class Fetcher:
         found: list[Match] = []
         self.unread, self.unread_about = "", frozenset()
         try:
-            with stopping.stoppable(self.report().check):
+            with stopping.stoppable(self.report().check), granted.granting(slots_of(self.source)):
                 for match in find(self.source, query):
                     self.report().check()
                     found.append(match)

@@ -20,6 +20,11 @@ from transfer.ledger import Ledger
 HOLD_S = 60.0  # each change costs a part of a run, a second or so
 
 
+def slots_of(source: Target) -> int:
+    """Return how many slots a retrieval holds: as many as it may have connections to its source."""
+    return min(source.concurrency, source.max_dispatches)
+
+
 class Turn:
     """The slots of one source that a retrieval holds, or stands in line for."""
 
@@ -37,7 +42,7 @@ class Turn:
         if self._held and time.monotonic() < self._ends:
             return
         await self.give_back()
-        count = min(self.source.concurrency, self.source.max_dispatches)
+        count = slots_of(self.source)
         async with AsyncExitStack() as stack:
             ledger, wait_s = None, None
             with suppress(*LOST):  # then who waits for the slots comes by himself
