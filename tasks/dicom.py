@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener
 from protocols.dimse.message import VERIFICATION
+from protocols.dimse.moves import addresses
 from protocols.dimse.ports import shared
 from protocols.dimse.query import STUDY_ROOT_FIND, finder
 from protocols.dimse.search import PeerSearch
@@ -321,12 +323,31 @@ def _prove(
     return left
 
 
-def _listen(target: DicomTarget, peer: Peer, report: PushReport) -> AbstractContextManager[Listener]:
-    """Listen for reports on associations that the peer opens, under the AE title that it knows us by."""
-    context = peer.tls.server() if peer.tls and peer.tls.cert else None
-    host, port = target.storage_commitment_host, target.storage_commitment_port
+@contextmanager
+def _listen(target: DicomTarget, peer: Peer, report: PushReport) -> Iterator[Listener]:
+    """Listen for reports on associations that the peer opens, under the AE title that it knows us by.
+
+    Raises:
+        Misconfigured: the port, or the TLS settings, can't be used, or others await the peer with other settings.
+    """
+    host, port, end = target.storage_commitment_host, target.storage_commitment_port, time.monotonic() + LISTEN_S
+    settings = peer.tls if peer.tls and peer.tls.cert else None
+
+    def waits() -> bool:
+        report.check()
+        return time.monotonic() < end
+
     make = partial(report_listener, host, port, peer.calling)
-    return shared(Listener, host, port, make, context, LISTEN_S, report.check)
+    with (
+        shared(Listener, host, port, make, LISTEN_S, report.check) as listener,
+        listener.turns.taken(addresses(peer.host, peer.port), settings, waits) as is_ours,
+    ):
+        if not is_ours:
+            raise Misconfigured(
+                f"another target at {peer.host} has other TLS settings, and awaits reports on port {port}: give each "
+                "of them a port of its own (storage_commitment_port)"
+            )
+        yield listener
 
 
 def _stored(item: Item) -> Stored:

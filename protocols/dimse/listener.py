@@ -16,6 +16,7 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.message import VERIFICATION
+from protocols.dimse.turns import Turns
 from protocols.net.connection import SLICE_S
 
 HANDSHAKE_S = 10  # for a peer to begin, and to shake hands
@@ -29,6 +30,9 @@ class Listener:
     Args:
         abstract_syntaxes: of the services that peers report with; C-ECHO is answered too.
         handlers: event handlers of pynetdicom's.
+
+    Attributes:
+        turns: who awaits peers over TLS; without anybody, none is answered.
     """
 
     def __init__(
@@ -53,15 +57,12 @@ class Listener:
             ae.make_server((host, port), evt_handlers=list(handlers), server_class=_Server, request_handler=_Handler),
         )
         ae._servers.append(self._server)  # what `start_server` does, which knows no server class
+        self.turns = self._server.turns = Turns()
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(SLICE_S,), name="dicom-listener", daemon=True
         )
         self._thread.start()
-
-    def offer(self, tls: ssl.SSLContext | None) -> None:
-        """Accept TLS as well, unless that was enabled before."""
-        self._server.tls = self._server.tls or tls
 
     def close(self) -> None:
         """Stop listening, and break open associations."""
@@ -74,7 +75,7 @@ class Listener:
 
 
 class _Server(ThreadedAssociationServer):
-    tls: ssl.SSLContext | None = None
+    turns: Turns
     daemon_threads = True
 
 
@@ -92,8 +93,8 @@ class _Handler(RequestHandler):
         try:
             sock.settimeout(HANDSHAKE_S)
             first = sock.recv(1, socket.MSG_PEEK)
-            context = self.server.tls if isinstance(self.server, _Server) else None
-            if first == TLS_HANDSHAKE and context is not None:
+            context = self._context() if first == TLS_HANDSHAKE else None
+            if context is not None:
                 sock = self.request = context.wrap_socket(sock, server_side=True)
             elif first != b"\x01":
                 raise ConnectionAbortedError
@@ -102,3 +103,7 @@ class _Handler(RequestHandler):
             sock.close()
             return
         super().handle()
+
+    def _context(self) -> ssl.SSLContext | None:
+        host = str(self.client_address[0]).removeprefix("::ffff:")
+        return self.server.turns.context(host) if isinstance(self.server, _Server) else None

@@ -15,6 +15,7 @@ from protocols.dimse.receive import NOT_AUTHORISED, Depot
 from protocols.dimse.scp import CALLING_UNKNOWN, NO_REASON, Refusal, StorageScp
 from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.transport import Peer
+from protocols.dimse.turns import Turns
 
 MOST_NAMED = 5  # addresses that a message names
 PORT_S = 30  # for another process to give up the Storage SCP's port
@@ -99,9 +100,14 @@ class Expected:
 
 
 class MoveDesk:
-    """Knows the moves that are under way in this process."""
+    """Knows the moves that are under way in this process.
+
+    Attributes:
+        turns: who may request moves from nodes with TLS.
+    """
 
     def __init__(self) -> None:
+        self.turns = Turns()
         self._expected: list[Expected] = []
         self._lock = threading.Lock()
 
@@ -219,9 +225,9 @@ def listening(at: MoveDestination, peer: Peer, check: Callable[[], None]) -> Ite
         at.host,
         at.port,
         lambda: StorageScp(at.host, at.port, at.aet, DESK, None, peer.idle_timeout_s, security=DESK),
-        None,
         PORT_S,
         check,
         remedy=" for what C-MOVE sends, set scp_port",
-    ):
+    ) as scp:
+        scp.idle_timeout_s = max(scp.idle_timeout_s, peer.idle_timeout_s)  # another peer's may be shorter
         yield peer.tls.server() if peer.tls else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import select
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,6 @@ from transfer.errors import Misconfigured
 
 class Port(Protocol):
     """Listens on a port from the time that it is made."""
-
-    def offer(self, tls: ssl.SSLContext | None) -> None:
-        """Accept TLS as well, unless that was enabled before."""
 
     def close(self) -> None:
         """Stop listening, and break open associations."""
@@ -36,7 +32,6 @@ def shared(
     host: str,
     port: int,
     make: Callable[[], P],
-    tls: ssl.SSLContext | None,
     wait_s: float,
     check: Callable[[], None] = lambda: None,
     *,
@@ -47,7 +42,6 @@ def shared(
     Args:
         kind: what listens: two kinds can't share a port.
         make: makes it, if there is none.
-        tls: a server's context, for peers that come with TLS.
         wait_s: seconds to wait for another user to release the port.
         remedy: what to do if that doesn't happen.
 
@@ -66,7 +60,6 @@ def shared(
                     where = f"{host or 'all addresses'}, port {port}"
                     raise Misconfigured(f"can't listen on {where}{remedy}: {exc.strerror or exc}") from exc
             else:
-                one.offer(tls)
                 _SHARED[key] = one, users + 1
                 break
         select.select([], [], [], SLICE_S)

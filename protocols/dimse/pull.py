@@ -421,6 +421,19 @@ class Pull:
     # ---- C-MOVE
 
     def _by_move(self, one: PulledSeries) -> None:
+        """Retrieve series on one association by C-MOVE, beginning with this one."""
+        hosts = addresses(self.peer.host, self.peer.port)
+        with DESK.turns.taken(hosts, self.peer.tls, self._waits) as is_ours:
+            if is_ours:
+                self._request_moves(one, hosts)
+            else:
+                self._put_back(one)
+
+    def _waits(self) -> bool:
+        self.report.check()
+        return not self.report.pausing.is_set()
+
+    def _request_moves(self, one: PulledSeries, hosts: frozenset[str]) -> None:
         with _association():
             retriever = mover(self.peer, self.report.check)
         if not retriever.root:
@@ -434,12 +447,11 @@ class Pull:
         with self._counted(), retriever, listening(self._destination, self.peer, self.report.check) as tls:
             following: PulledSeries | None = one
             while following is not None:
-                self._move(retriever, following, tls)
+                self._move(retriever, following, hosts, tls)
                 following = self._next(lambda each: bool(self._moves or each.moves) and not self.wants_list(each))
 
-    def _move(self, retriever: Retriever, one: PulledSeries, tls: ssl.SSLContext | None) -> None:
-        whose, hosts = frozenset((self.peer.calling, self.peer.called)), addresses(self.peer.host, self.peer.port)
-        at = self._destination.aet
+    def _move(self, retriever: Retriever, one: PulledSeries, hosts: frozenset[str], tls: ssl.SSLContext | None) -> None:
+        whose, at = frozenset((self.peer.calling, self.peer.called)), self._destination.aet
         instances = frozenset(one.images) if one.images and one.all_listed else None
         with self._depot(one, durable=True) as depot:
             depot.throttle, depot.moved = self._throttle, self.report.moved

@@ -121,10 +121,6 @@ class StorageScp:
         self._thread = threading.Thread(target=self._accept, name="storage-scp", daemon=True)
         self._thread.start()
 
-    def offer(self, tls: ssl.SSLContext | None) -> None:
-        """Accept TLS as well, unless that was enabled before."""
-        self.tls = self.tls or tls
-
     def deafen(self) -> None:
         """Stop listening; open associations go on."""
         self._deaf.set()

@@ -370,7 +370,8 @@ class _Sender:
         for pair in dict.fromkeys((str(one.ds.SOPClassUID), one.syntax) for one in peer.instances):
             ae.add_requested_context(pair[0], [pair[1]])
         port = peer.ports[request.destination]
-        self.assoc = ae.associate("127.0.0.1", port, ae_title=request.destination)
+        tls = (peer.report_tls, "127.0.0.1") if peer.report_tls else None
+        self.assoc = ae.associate("127.0.0.1", port, ae_title=request.destination, tls_args=tls)
 
     def send(self, step: Send, request: Request) -> None:
         if not self.assoc.is_established:

@@ -90,7 +90,7 @@ class Scp:
         keep_data: whether the data sets are kept.
         watch: whether to look, before each answer, if the other side has gone on without it (`early` counts).
         host: the address to listen on.
-        report_tls: with which a commitment is reported on a new association; None for a plain connection.
+        report_tls: with which a commitment is reported, and a move sent, on a new association; None for a plain one.
     """
 
     port: int = 0
