@@ -165,3 +165,9 @@ def values_of(target: NamedBlock, *, secrets: bool = False) -> dict[str, Any]:
     return {"type": target.type_name} | {
         name: dumped.get(name, value) for name, value in values.items() if name != "type"
     }
+
+
+def all_values_of(target: NamedBlock) -> dict[str, Any]:
+    """Return all values of a target, those of secrets masked; nothing of what Prefect keeps of its document."""
+    plain = set(field_names(type(target))) - set(target.secret_fields())
+    return target.model_dump(mode="json", include=plain) | values_of(target, secrets=True)

@@ -16,7 +16,7 @@ from talaria.notify.sending import send
 from talaria.notify.words import letter
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
-from talaria.targetfile import action_for, differing, entry, values_of
+from talaria.targetfile import action_for, all_values_of, differing, entry, values_of
 from tasks.documents import Broken
 from tasks.names import type_of
 from tasks.rules import SAVED_RULES
@@ -62,10 +62,7 @@ def _listed(home: Home, found: list[Rule | Broken]) -> list[dict[str, Any]]:
 async def show_rule(office: Office, name: str) -> dict[str, Any]:
     """Return a rule's settings, secrets masked, and its newest messages."""
     rule = await load_rule(office, name)
-    hidden = {"block_type_slug", *rule.secret_fields()}
-    every = {key: value for key, value in rule.model_dump(mode="json").items() if key not in hidden}
-    messages = await messages_of(office, rule.name)
-    return {"name": rule.name} | every | values_of(rule, secrets=True) | {"messages": messages}
+    return {"name": rule.name} | all_values_of(rule) | {"messages": await messages_of(office, rule.name)}
 
 
 async def load_rule(office: Office, name: str) -> Rule:

@@ -18,7 +18,7 @@ from blocks.inbox import InboxSource
 from talaria.engine import batches
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
-from talaria.targetfile import action_for, differing, entry, values_of
+from talaria.targetfile import action_for, all_values_of, differing, entry, values_of
 from tasks.documents import Broken
 from tasks.names import pick, split, type_of
 from tasks.sources import belonging, checks, units
@@ -70,10 +70,7 @@ async def show_source(office: Office, name: str, given: bool = False) -> dict[st
         given: only the settings that are not the defaults.
     """
     source = await load_source(office, name)
-    values: dict[str, Any] = values_of(source, secrets=True)
-    if not given:
-        hidden = {"block_type_slug", *source.secret_fields()}
-        values = {key: one for key, one in source.model_dump(mode="json").items() if key not in hidden} | values
+    values: dict[str, Any] = values_of(source, secrets=True) if given else all_values_of(source)
     rows, row = await asyncio.to_thread(_read, office, lambda book: (book.units(source.name), book.sweep(source.name)))
     counts = Counter(one.state for one in rows.values())
     bad = [one for one in rows.values() if one.state in (UnitState.FAILED, UnitState.HELD) or one.detail]

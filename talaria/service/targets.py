@@ -15,7 +15,7 @@ from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
 from talaria.service.uses import check_unused
-from talaria.targetfile import action_for, differing, make, values_of
+from talaria.targetfile import action_for, all_values_of, differing, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
 from tasks.checking import LastChecks, check_target, keep, result_of_run
@@ -108,12 +108,7 @@ async def show_target(office: Office, name: str, given: bool = False) -> dict[st
         given: only those that are not the defaults.
     """
     (target,) = await load(office.client, [name], secrets=False)
-    values = {"name": target.name, **values_of(target, secrets=True)}
-    if given:
-        return values
-    hidden = {"block_type_slug", *target.secret_fields()}
-    every = {key: value for key, value in target.model_dump(mode="json").items() if key not in hidden}
-    return {"name": target.name} | every | values
+    return {"name": target.name, **(values_of(target, secrets=True) if given else all_values_of(target))}
 
 
 async def apply_targets(

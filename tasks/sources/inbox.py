@@ -32,6 +32,7 @@ from transfer.unitlist import FileFacts
 MARKER = ".complete"
 TAKEN = ".talaria-taken-"  # before the name of a file that is just being moved or deleted
 # The keys of loose files that are in no study or series, and are told of; no UID looks like these.
+LOST_AND_FOUND = "lost+found"  # in an inbox that is a whole file system: what a check of it has found, root's alone
 DAMAGED, UNREAD = "damaged files", "files that can't be read"
 NAMED = 3  # files that are named of those that are told of
 
@@ -76,7 +77,7 @@ def of_folders(folder: str, source: Source, check: Callable[[], None]) -> Iterat
         names = sorted(entry.name for entry in listing if entry.is_dir(follow_symlinks=False))
     for name in names:
         check()
-        if is_excluded(name, (*source.globs, *OWN_NAMES)):
+        if name == LOST_AND_FOUND or is_excluded(name, (*source.globs, *OWN_NAMES)):
             continue
         path = f"{folder}/{name}"
         mark, complete = look(path, source.globs)
@@ -264,7 +265,8 @@ def _folders(folder: str, exclude: tuple[str, ...], unread: _Unread) -> Iterator
         try:
             with os.scandir(f"{folder}/{below}" if below else folder) as listing:
                 entries = [one for one in listing if not is_excluded(one.name, names)]
-            stack += [f"{prefix}{one.name}" for one in entries if one.is_dir(follow_symlinks=False)]
+            folders = [f"{prefix}{one.name}" for one in entries if one.is_dir(follow_symlinks=False)]
+            stack += [one for one in folders if one != LOST_AND_FOUND]
             found = [one for one in entries if one.is_file(follow_symlinks=False)]
         except (FileNotFoundError, NotADirectoryError):
             continue

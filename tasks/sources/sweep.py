@@ -27,7 +27,7 @@ from tasks.happened import happened
 from tasks.names import split
 from tasks.sources import after, inbox, units, writers
 from tasks.sources.units import Unit
-from tasks.sources.ways import Dispatching, EndedRun
+from tasks.sources.ways import Dispatching, EndedRun, failure
 from transfer import unitlist
 from transfer.accessions import pasted
 from transfer.content import sha256
@@ -160,7 +160,7 @@ class Sweep:
             return
         arrived, failed = [], []
         for row in rows:
-            why = _failure(end.study(row.unit), end.message)
+            why = failure(end.study(row.unit), end.message)
             if why:
                 failed.append(row.now(UnitState.FAILED, why))
             else:
@@ -458,17 +458,6 @@ class Sweep:
     def _stuck(self, words: str, key: str, rows: Collection[UnitRow]) -> None:
         about = {"source": self.source.name, "units": len(rows)}
         happened(self.ledger, "source.stuck", about, f"{self.source.name}/{key}" if key else "", words)
-
-
-def _failure(study: Mapping[str, Any] | None, message: str) -> str:
-    """Return why a unit was not delivered; "" if it was."""
-    if study is None:
-        return message or "its dispatch did not begin"
-    bad = {name: one for name, one in study["targets"].items() if one["state"] != State.DELIVERED}
-    if not bad and study["targets"]:
-        return ""
-    said = [f"{name}: {one.get('error') or one['state']}" for name, one in bad.items()]
-    return "; ".join(said) or message or "its dispatch did not begin"
 
 
 def _holds(there: tuple[int, int, str] | None, one: FileFacts) -> bool:

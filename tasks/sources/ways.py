@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from transfer.outcome import Kind
+from transfer.receipt import State
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,22 @@ class Dispatching(Protocol):
 
     async def going(self, runs: Collection[str]) -> set[str]:
         """Return those of some runs that have not failed: somebody has let them run again."""
+
+
+def failure(study: Mapping[str, Any] | None, message: str) -> str:
+    """Return why a unit was not delivered; "" if it was."""
+    if study is None:
+        return message or "its dispatch did not begin"
+    bad = {name: one for name, one in study["targets"].items() if one["state"] != State.DELIVERED}
+    if not bad and study["targets"]:
+        return ""
+    said = [f"{name}: {one.get('error') or _words_of(one)}" for name, one in bad.items()]
+    return "; ".join(said) or message or "its dispatch did not begin"
+
+
+def _words_of(outcome: Mapping[str, Any]) -> str:
+    """Return how a delivery ended, with the reason for which most of its items were rejected."""
+    why = Counter(one["detail"] for one in outcome.get("items", ()) if one["outcome"] == Kind.REJECTED)
+    (most, _), others = (why.most_common(1) or [("", 0)])[0], len(why) > 1
+    count = f", {outcome['rejected']} rejected" if outcome.get("rejected") else ""
+    return f"{outcome['state']}{count}{f': {most}' if most else ''}{', and other reasons' if others else ''}"

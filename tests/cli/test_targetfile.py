@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from blocks.dicomweb import DicomWebTarget
 from talaria import targetfile
 from transfer.errors import Misconfigured
 
@@ -118,3 +119,10 @@ def test_every_target_that_is_wrong_is_named(tmp_path: Path) -> None:
         targetfile.read(path)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["target one", "target three", "target four"]
+
+
+def test_what_is_shown_of_a_target_are_its_own_values() -> None:
+    one = DicomWebTarget(url="https://h/dicom-web", access_token="secret").named("web")
+    shown = targetfile.all_values_of(one)
+    assert shown.keys() <= {"type", *targetfile.field_names(DicomWebTarget)} and shown["max_attempts"]
+    assert set(shown["access_token"]) == {"*"} and shown["type"] == "dicomweb"

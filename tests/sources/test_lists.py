@@ -14,8 +14,7 @@ from blocks.list_source import ListSource
 from talaria.testing import studies as material
 from tasks.sources import lines
 from tasks.sources.runs import _of_numbers
-from tasks.sources.sweep import _failure
-from tasks.sources.ways import EndedRun
+from tasks.sources.ways import EndedRun, failure
 from tests.sources.bench import Bench
 from transfer.accessions import accessions, pasted
 from transfer.errors import Misconfigured
@@ -165,6 +164,6 @@ def test_numbers_of_an_archive_in_another_case_are_those_of_the_list() -> None:
     ok = {"accession": "ACC1", "state": "delivered", "reason": ""}
     bad = {"accession": "A2 ", "state": "partial", "reason": "1 missing"}
     end = EndedRun(numbers=_of_numbers({"source": "pacs", "studies": [ok, bad], "accessions": []}))
-    assert [_failure(end.study(number), "") for number in ("acc1", "Acc1", "A2", "A3")] == [
+    assert [failure(end.study(number), "") for number in ("acc1", "Acc1", "A2", "A3")] == [
         "", "", "pacs: 1 missing", "its dispatch did not begin",
     ]  # fmt: skip

@@ -157,6 +157,23 @@ def test_what_fails_stays_and_is_told_once(bench: Bench) -> None:
     assert bench.states() == {"s": "done"} and not names(bench.inbox) and delivered(bench) == 2
 
 
+def test_why_items_were_rejected_is_said_of_the_unit(bench: Bench) -> None:
+    material.ct(bench.inbox / "s", 1)
+    os.mkfifo(bench.inbox / "s" / "pipe")
+    bench.all()
+    assert bench.rows()["s"].detail == "shelf: partial, 1 rejected: not a regular file"
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_what_a_check_of_the_file_system_has_found_is_no_study(bench: Bench, unit: str) -> None:
+    """An inbox may be a whole file system; only root can look into that folder, so that it counted as not readable."""
+    bench.source = bench.named(unit=unit, after="delete")
+    for folder in ("lost+found", "s/lost+found"):
+        material.ct(bench.inbox / folder, 1)
+    bench.all()
+    assert len(bench.states()) == 1 and len(names(bench.inbox / "lost+found")) == 1 == delivered(bench)
+
+
 def test_only_what_every_target_has_confirmed_goes(tmp_path: Path) -> None:
     bench = Bench(tmp_path, "one", "two", after="delete", exclude="*.txt")
     material.ct(bench.inbox / "s", 2)
