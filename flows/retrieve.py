@@ -10,9 +10,9 @@ from prefect.client.schemas.objects import State
 
 from flows.dispatch import dispatch
 from tasks.dispatch.asked import name_run, retrieval_name
-from tasks.dispatch.ends import refusal
 from tasks.retrieve.asked import given, query_of
 from tasks.retrieve.dispatches import dispatched
+from tasks.retrieve.ending import refused
 from tasks.retrieve.run import retrieving
 from tasks.retrieve.wish import Wish
 from transfer.errors import DispatchError
@@ -67,4 +67,4 @@ async def retrieve(
             await running.run()
             return await running.conclude()
     except DispatchError as error:
-        return refusal(error)
+        return await refused(error)

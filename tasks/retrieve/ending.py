@@ -1,4 +1,4 @@
-"""Ends retrievals that were cancelled, or given up, while nobody was at work on them.
+"""Ends retrievals that were cancelled, or given up, while nobody was at work on them, or that can't go on.
 
 Their results say then of what they did not come to that it was cancelled, or failed; and a retry does all that is left,
 what was missing too, as after any other end.
@@ -10,11 +10,15 @@ import asyncio
 from contextlib import suppress
 from typing import Any
 
+from prefect import get_client
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
 
 from tasks.dispatch import audited, kept
-from tasks.dispatch.ends import unsaid_is_no_failure
+from tasks.dispatch.ends import refusal, unsaid_is_no_failure
+from tasks.dispatch.patience import patiently
+from tasks.retrieve.dispatches import end_waiting
 from tasks.retrieve.job import Job, Stage, folder_of
 from tasks.retrieve.report import report
 from tasks.targets import load
@@ -22,6 +26,20 @@ from transfer.accessions import accessions
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
+
+
+async def refused(error: DispatchError) -> State[Any]:
+    """Return the state of this context's run for an error that keeps it from beginning, or from going on.
+
+    If it ends so, what an earlier part of it has left waits no more.
+    """
+    state, context, home = refusal(error), FlowRunContext.get(), Home.current()
+    flow_run = context.flow_run if context else None
+    if flow_run is not None and state.is_failed() and folder_of(home, str(flow_run.id)).is_dir():
+        async with get_client() as client:
+            await patiently(lambda: end_waiting(client, home, str(flow_run.id)))
+            await patiently(lambda: end_at_rest(client, home, flow_run, str(error)))
+    return state
 
 
 async def end_at_rest(client: PrefectClient, home: Home, flow_run: FlowRun, why: str = "") -> None:

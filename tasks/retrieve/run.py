@@ -26,7 +26,6 @@ from blocks.base import Target
 from blocks.dicom import DicomTarget
 from tasks.dispatch import audited, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
-from tasks.dispatch.hours import opens
 from tasks.dispatch.leaving import is_left
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
@@ -179,10 +178,9 @@ class Retrieval:
 
     def _held_up(self) -> bool:
         """Return whether the source must not be asked now; if so, the run continues later."""
-        opening = opens(self.source, self.wish.priority)
-        if opening:
-            self._wait_for(f"the hours of {self.source.name}", opening)
-        return opening is not None or self._no_slot
+        if wait := self._turn.hours():
+            self._waits[wait.what] = wait
+        return wait is not None or self._no_slot
 
     async def _in_a_slot(self, work: Callable[[], R]) -> R:
         """Do blocking work while the slots of the source are held.
@@ -462,7 +460,8 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     if wish.into:
         check_into(Path(wish.into))
     source, *targets = await patiently(lambda: _load([wish.source, *wish.targets]))
-    check_source(source)
+    if source.enabled:  # else it waits
+        check_source(source)
     for target in targets:
         if target.enabled:
             check_destination(target)

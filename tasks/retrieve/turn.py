@@ -9,9 +9,10 @@ from prefect import get_client
 
 from blocks.base import Target
 from tasks.dispatch import line
+from tasks.dispatch.rest import Wait
 from tasks.dispatch.run import SLOT_S
 from tasks.dispatch.slots import NoSlot, slots
-from tasks.dispatch.waiting import TURN_S, TURNS_S
+from tasks.dispatch.waiting import TURN_S, TURNS_S, by_itself, for_its_hours
 from tasks.retrieve.job import Job
 from transfer.database import LOST
 from transfer.home import Home
@@ -32,6 +33,17 @@ class Turn:
         self.source, self.flow_run_id, self.job, self.home, self.priority = source, flow_run_id, job, home, priority
         self._held: AsyncExitStack | None = None
         self._ends = 0.0
+        self._disabled: Wait | None = None  # as its settings are read once for each part of a run
+
+    def hours(self) -> Wait | None:
+        """Return why the source must not be asked now, and until when: its hours, or that it is disabled."""
+        if self._disabled or (self.source.enabled and not self.job.since):
+            return self._disabled or by_itself(self.source, self.priority)
+        found = by_itself(self.source, self.priority)
+        with suppress(*LOST), Ledger(self.home.ledger) as ledger:
+            found = for_its_hours(ledger, self.source, self.flow_run_id, self.priority, self.job, rested=True)
+        self._disabled = None if self.source.enabled else found
+        return found
 
     async def take(self) -> None:
         """Hold the slots: at once or soon where the run can rest, else as soon as there are some.

@@ -29,7 +29,7 @@ from imaging.query import Query
 from talaria.service.jobs import settled
 from talaria.testing import studies
 from talaria.testing.process import until
-from tasks.dispatch import audited, leaving, running
+from tasks.dispatch import audited, leaving, line, running
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.fetch import Fetcher
@@ -42,6 +42,7 @@ from tests.targets.pulling import GETS, only, port_of_moves
 from transfer.audit import Trail, entries
 from transfer.errors import DiskFull
 from transfer.home import Home
+from transfer.ledger import Ledger
 
 RUN = "00000000-0000-4000-8000-000000000001"
 Sent = Callable[..., Awaitable[State[Any]]]
@@ -500,6 +501,23 @@ def test_a_search_by_other_keys_waits_for_the_hours_of_its_source_too(
         assert state.name == "AwaitingRetry" and "the hours of " in str(state.message) and not peer.requests
         later = made(peer, **by_other_keys(peer))
         assert concluded(later).is_completed() and stages(later) == {"S1": Stage.DELIVERED}
+
+
+def test_what_waits_for_a_source_that_is_disabled_stands_in_line_and_leaves_it(
+    concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[str] = []
+    monkeypatch.setattr(line, "_waker", woken.append)  # as where a worker runs it
+    with archive(three()) as peer, Ledger(Home.current().ledger) as ledger:
+        source_fields = {"enabled": False}
+        state = concluded(made(peer, source_fields=source_fields))
+        assert state.name == "AwaitingRetry" and " to be enabled" in str(state.message) and not peer.requests
+        [name] = line.disabled(ledger.waits.lines())
+        line.wake(ledger, line.to_be_enabled(name))
+        assert woken == [RUN]
+        later = made(peer)
+        assert concluded(later).is_completed() and set(stages(later).values()) == {Stage.DELIVERED}
+        assert not ledger.waits.lines()
 
 
 @pytest.mark.parametrize("keys", ["numbers", "uid"])

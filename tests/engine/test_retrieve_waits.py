@@ -127,3 +127,44 @@ def test_a_retrieval_rests_while_another_has_its_source_and_comes_when_that_one_
         let_go.set()
         up.until(lambda: [up.run(one)["state_type"] for one in (first, second)] == ["COMPLETED"] * 2, 60)
         assert placed(tmp_path / "into").keys() == {"Y1", "Y2"}
+
+
+def test_a_retrieval_waits_for_a_source_that_is_disabled(up: Talaria, tmp_path: Path) -> None:
+    with archive(study("ZA1", series=1)) as peer:
+        up.apply(off=source(peer, window=later(2)))
+        queued = up.told("retrieve", "off", "--accession", "ZA1", "--into", str(tmp_path / "into"), "--no-wait")
+        run_id = queued["flow_run_id"]
+        rests(up, run_id)
+        up.apply(off=source(peer, enabled=False))
+        go_on(up, run_id)
+        up.until(lambda: "off to be enabled" in (up.run(run_id)["state"]["message"] or ""), 60)
+        assert not peer.requests
+        up.apply(off=source(peer))
+        go_on(up, run_id)
+        up.until(lambda: up.run(run_id)["state_type"] == "COMPLETED", 60)
+        assert len(placed(tmp_path / "into")["ZA1"]) == 2
+
+
+def test_of_a_retrieval_that_cant_go_on_nothing_waits_and_every_retry_does_the_rest(
+    up: Talaria, tmp_path: Path
+) -> None:
+    with archive(study("ZB1", series=1)) as peer:
+        up.apply(turned=source(peer), closed=folder(tmp_path / "closed", window=later(2)))
+        run_id = up.told("retrieve", "turned", "--accession", "ZB1 ZB2", "--to", "closed", "--no-wait")["flow_run_id"]
+        rests(up, run_id)
+        up.apply(turned=source(peer, direction="store"))
+        go_on(up, run_id)
+        up.until(lambda: up.run(run_id)["state_type"] == "FAILED", 60)
+        assert {one["state_type"] for one in parts(up, run_id).values()} == {"CANCELLED"}
+        ended = {"ZB1": "failed", "ZB2": "missing"}
+        assert states(up.home / "receipts" / f"{run_id}.csv") == ended
+        [newest] = up.api("POST", "/artifacts/latest/filter", artifacts={"key": {"any_": ["retrieval"]}}, limit=1)
+        assert {one["accession"]: one["state"] for one in json.loads(newest["data"])} == ended
+        shown = up.told("jobs", "show", run_id)
+        assert shown["failed"] == ["ZB1"] and "so it is not queried" in shown["error"]
+        # As somebody retries it in Prefect's pages.
+        peer.instances.extend(Instance.of(one) for one in study("ZB2", series=1))
+        up.apply(turned=source(peer), closed=folder(tmp_path / "closed"))
+        up.api("POST", f"/flow_runs/{run_id}/set_state", state={"type": "SCHEDULED", "name": RESTS}, force=True)
+        up.until(lambda: up.run(run_id)["state_type"] == "COMPLETED", 60)
+        assert up.told("jobs", "show", run_id)["delivered"] == 2 and len(peer.asked(GET)) == 2
