@@ -130,15 +130,18 @@ def prune(
 
 
 def _pruned(age: float) -> dict[str, Any]:
-    """Forget what is older than so many seconds; only a server knows which runs have not ended."""
+    """Forget what is older than so many seconds, but nothing that runs need which have not ended."""
     from talaria.settings import load_settings
 
-    load_settings()
+    shared = load_settings().keep_failed_days * _SECONDS["d"]
     home = Home.current()
-    if remote.found() is None and not (os.environ.get("PREFECT_API_URL") or (home.root / "prefect").exists()):
+    if remote.found() is None and not os.environ.get("PREFECT_API_URL"):
         from talaria.engine.leftovers import forget
+        from talaria.engine.unended import unended
 
-        return asdict(forget(home, age, (), age, age))  # there has never been a run
+        runs = unended(home) if (home.root / "prefect").exists() else set()  # without it, there has never been a run
+        if runs is not None:
+            return asdict(forget(home, age, runs, age, shared))
     with api() as access:
         return access.call("prune", older_than_s=age)
 

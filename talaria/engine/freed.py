@@ -15,7 +15,7 @@ INCREMENTAL = 2  # the value of `auto_vacuum` with which Talaria makes its files
 
 def taken(database: Path) -> int:
     """Return the bytes of a database, without pages that are free again."""
-    with _opened(database, "ro") as db:
+    with opened(database, "ro") as db:
         return (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * _pragma(db, "page_size")
 
 
@@ -24,7 +24,7 @@ def give_back(database: Path) -> int:
 
     The file becomes shorter with the next checkpoint. One that was made without `auto_vacuum` stays as long as it is.
     """
-    with _opened(database, "rw") as db:
+    with opened(database, "rw") as db:
         before = _pragma(db, "page_count")
         while _pragma(db, "auto_vacuum") == INCREMENTAL:
             more = _pragma(db, "freelist_count") - int(_pragma(db, "page_count") * SPARE)
@@ -37,7 +37,8 @@ def give_back(database: Path) -> int:
         return before - _pragma(db, "page_count")
 
 
-def _opened(database: Path, mode: str) -> AbstractContextManager[sqlite3.Connection]:
+def opened(database: Path, mode: str) -> AbstractContextManager[sqlite3.Connection]:
+    """Open a database of SQLite's: `ro` to read, `rw` to write as well; it is closed at the end."""
     where = f"{database.absolute().as_uri()}?mode={mode}"
     return closing(sqlite3.connect(where, uri=True, timeout=WAIT_S, isolation_level=None))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +124,25 @@ def test_commands_load_nothing_heavy(
             json.loads(ran.stdout)
 
 
-def test_prune_loads_neither_prefect_nor_a_driver(tmp_path: Path) -> None:
-    """It works on this machine's state directory, whether a server runs or not."""
+@pytest.mark.parametrize("has_run", [False, True])
+def test_prune_loads_neither_prefect_nor_a_driver(tmp_path: Path, has_run: bool) -> None:
+    """It works on this machine's state directory without a server: its database says which runs have not ended."""
     home = tmp_path / "home"
     old, new = (home / "receipts" / f"{name}.json" for name in ("old", "new"))
+    rests = home / "receipts" / f"{RUN}.json"
     waiting, orphan = home / "waiting" / "old.json", home / "staging" / "gone" / "1.dcm"
     index = home / "indexes" / f"{'0' * 32}.sqlite"
-    for path in (old, new, waiting, orphan, index):
+    for path in (old, new, rests, waiting, orphan, index):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    for path in (old, waiting, index):
+    for path in (old, rests, waiting, index):
         os.utime(path, (1e9, 1e9))
+    if has_run:
+        (home / "prefect").mkdir()
+        with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as db:
+            db.execute("CREATE TABLE flow_run (id, parameters, state_type)")
+            db.executemany("INSERT INTO flow_run VALUES (?, '{}', ?)", [(RUN, "SCHEDULED"), ("old", "COMPLETED")])
+            db.commit()
     script = SCRIPT.replace(str(HEAVY), str(("prefect", "pydicom", "numpy", "httpx", "blocks", "tasks", "flows")))
     env = {**os.environ, "TALARIA_HOME": str(home)}
     ran = subprocess.run(
@@ -143,8 +153,9 @@ def test_prune_loads_neither_prefect_nor_a_driver(tmp_path: Path) -> None:
         cwd=tmp_path,
         check=False,
     )
-    assert json.loads(ran.stdout) == {"rows": 0, "receipts": 1, "staging": 1, "indexes": 1}
+    assert json.loads(ran.stdout) == {"rows": 0, "receipts": 1 if has_run else 2, "staging": 1, "indexes": 1}
     words(ran)
+    assert rests.exists() is has_run
     assert new.exists() and not any(path.exists() for path in (old, waiting, orphan, index))
 
 

@@ -17,9 +17,11 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from prefect.client.schemas.objects import TERMINAL_STATES
 
 from talaria.engine import freed, retention
 from talaria.engine.leftovers import forget
+from talaria.engine.unended import ENDED, unended
 from talaria.testing import studies
 from tasks.retrieve.job import Job
 from tests.engine.material import folder, later, source, study
@@ -261,6 +263,7 @@ def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
             return await retention.unfinished(client)
 
     assert asyncio.run(ask()) == {run["id"] for run in runs} | {"given-up"}
+    assert set(ENDED) == {one.value for one in TERMINAL_STATES}
 
 
 def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) -> None:
@@ -322,6 +325,12 @@ def test_the_command_asks_which_runs_go_on(
         ended(home, plan, run_id, 3, monkeypatch)
     for files in letters.values():
         os.utime(files.parent, (time.time() - 3 * DAY_S,) * 2)
+    without_server = unended(home)
+    assert without_server is not None
+    assert {rests, paused, reads, "lent"} <= without_server and not {over, "forgotten"} & without_server
+    with monkeypatch.context() as patch:
+        patch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://there/prefect")
+        assert unended(home) is None
     done = up.told("prune", "--older-than", "2d")
     assert done["receipts"] and done["rows"]
     assert not home.receipt(over).exists() and not (home.root / "retrievals" / over).exists()
