@@ -7,13 +7,21 @@ import fcntl
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx
 from prefect import get_client
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException
@@ -37,6 +45,7 @@ from transfer.sourcebook import SweepRow
 
 LOOK_S = 0.5  # between two looks whether a source was changed on this machine
 ELSEWHERE_S = 60.0  # and whether it was from another one
+LATE_S = 60.0  # of a sweep, after which others of its source may be due as well: nobody was there to begin them
 
 
 async def sweep(name: str) -> RunState[Any]:
@@ -123,6 +132,7 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
                 return Completed(message="another sweep of it is running: nothing was done")
             host = of_queue(flow_run.work_queue_name)
             dispatching = PrefectDispatching(client, home, source.name, f"{AT}{host}" if host else "")
+            await _end_others(client, flow_run)
             before = ledger.sources.sweep(source.name)
             following = asyncio.create_task(wish.follow(client, home, source))
             try:
@@ -143,6 +153,26 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
     if done.runs:
         await _link(source, done)
     return Completed(message=done.words)
+
+
+async def _end_others(client: PrefectClient, flow_run: FlowRun) -> None:
+    """End the other sweeps of a source that are due when a late one begins, which looks for them all.
+
+    A schedule goes on while workers are away: each of some hundred sweeps would look, one after another.
+    """
+    begun, planned = flow_run.state.timestamp if flow_run.state else None, flow_run.expected_start_time
+    if not begun or not planned or not flow_run.deployment_id or (begun - planned).total_seconds() < LATE_S:
+        return
+    due = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[flow_run.deployment_id]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": begun}),
+    )
+    ended = {"type": "COMPLETED", "message": f"the sweep {flow_run.id}, which began later, has looked instead"}
+    path: Any = "/flow_runs/bulk_set_state"  # which Prefect's client does not know
+    asked = {"flow_runs": due.model_dump(mode="json", exclude_none=True), "state": ended}
+    with suppress(httpx.HTTPError, PrefectException):  # an older server can't: then each looks
+        await client.request("POST", path, json=asked)
 
 
 def _check(

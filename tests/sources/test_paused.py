@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Running
 
 from blocks.source import Source
 from talaria.testing import studies as material
@@ -50,7 +54,7 @@ def swept(bench: Bench, monkeypatch: pytest.MonkeyPatch, saved: list[Source]) ->
     monkeypatch.setattr(run, "PrefectDispatching", lambda *args: bench)
     monkeypatch.setattr(run, "_link", lambda source, done: asyncio.sleep(0))
     with Ledger(bench.home.ledger) as ledger:
-        ours = cast(Any, SimpleNamespace(work_queue_name="normal"))
+        ours = cast(Any, SimpleNamespace(work_queue_name="normal", state=None, expected_start_time=None))
         asyncio.run(run._swept("box", bench.home, ledger, ours, run._Wish(Event())))
 
 
@@ -155,3 +159,29 @@ def test_another_change_does_not_end_a_sweep(bench: Bench, monkeypatch: pytest.M
     monkeypatch.setattr(run.Sweep, "_close", closing)
     swept(bench, monkeypatch, saved)
     assert len(bench.asked) == 1
+
+
+@pytest.mark.parametrize("late_s", [5, 7200])
+def test_a_late_sweep_looks_for_all_that_are_due(late_s: int) -> None:
+    """A schedule goes on while workers are away: hundreds of sweeps looked for nothing, and dispatches waited."""
+    asked: list[Any] = []
+
+    async def request(method: str, path: str, json: Any) -> None:
+        asked.append((method, path, json))
+
+    begun = datetime(2026, 11, 30, 8, tzinfo=UTC)
+    ours = FlowRun(
+        flow_id=uuid4(),
+        deployment_id=uuid4(),
+        expected_start_time=begun - timedelta(seconds=late_s),
+        state=Running(timestamp=begun),
+    )
+    asyncio.run(run._end_others(cast("Any", SimpleNamespace(request=request)), ours))
+    if late_s == 5:
+        assert asked == []
+        return
+    ((method, path, body),) = asked
+    assert (method, path) == ("POST", "/flow_runs/bulk_set_state") and body["state"]["type"] == "COMPLETED"
+    assert body["flow_runs"]["deployment_id"]["any_"] == [str(ours.deployment_id)]
+    assert body["flow_runs"]["expected_start_time"]["before_"].startswith("2026-11-30T08:00:00")
+    assert body["flow_runs"]["state"]["type"]["any_"] == ["SCHEDULED"]
