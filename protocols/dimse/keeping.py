@@ -162,6 +162,11 @@ class Receiving:
         self.full = disk.f_bavail * disk.f_frsize < max(self.terms.keep_free, 1) or (disk.f_files > 0 == disk.f_favail)
         return not self.full
 
+    @property
+    def isbusy(self) -> bool:
+        """Whether this process serves more than one association for the source."""
+        return len(self._visits) > 1
+
     def left(self, visit: SpoolVisit) -> None:
         """Note that an association is over."""
         with self._lock:
@@ -286,6 +291,12 @@ class SpoolDepot(Depot):
         self._unlooked = 0  # bytes
         self._look_at = 0.0  # `time.monotonic` from which on what was seen last no longer holds
         self._terms: Terms | None = None  # under which that was
+
+    def blank(self) -> durable.DurableFile:
+        """Return a file for an instance."""
+        part = super().blank()
+        part.ahead_bytes = durable.SHARED_BYTES if self._reception.isbusy else durable.AHEAD_BYTES
+        return part
 
     def has_room(self) -> bool:
         """Return True if the disk has room for one more, as far as was seen a moment ago."""

@@ -20,10 +20,18 @@ from protocols.files.partial import PartialFile
 from transfer.spool import sync
 
 AHEAD_BYTES = 1 << 17  # of a file that is still being written, which the disk gets at once
+# The same where other files keep the disk busy meanwhile: each piece is a call more, and nothing waits for less.
+SHARED_BYTES = 1 << 22
 
 
 class DurableFile(PartialFile):
-    """A file that is flushed, and then its folder: what POSIX demands."""
+    """A file that is flushed, and then its folder: what POSIX demands.
+
+    Attributes:
+        ahead_bytes: of what is written, after which the disk begins with it, if it begins before the file is whole.
+    """
+
+    ahead_bytes = AHEAD_BYTES
 
     def wrote(self, end: int) -> None:
         """Note that all is written up to this offset, behind which more may come.
@@ -60,7 +68,7 @@ class OneCommit(DurableFile):
 
     def wrote(self, end: int) -> None:
         """Have the disk begin with whole pages; the last one may be written to again."""
-        if end - self._ahead >= AHEAD_BYTES:
+        if end - self._ahead >= self.ahead_bytes:
             end -= end % PAGESIZE
             fs.begin_write_back(self.fd, self._ahead, end - self._ahead)
             self._ahead = end

@@ -414,6 +414,23 @@ def test_a_disk_that_fails_while_a_data_set_comes(tmp_path: Path, monkeypatch: p
         assert len(lying(there.folder)) == 1 and stray(there.folder) == []
 
 
+def test_the_disk_begins_later_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one association with pieces of what comes; over several others keep it busy, and a piece is one more call."""
+    begun: list[int] = []
+    monkeypatch.setattr(filesystem, "begin_write_back", lambda fd, begin, count: begun.append(count))
+    large = studies.dataset(Rows=1024, Columns=1024, PixelData=bytes(1 << 21))
+    with listening(tmp_path / "home") as there:
+        there.reception.way = durable.OneCommit
+        with closing(PlainSender(there.port)) as sender:
+            assert sender.store(large) == 0
+            assert begun and sum(begun) > 1 << 20
+            with closing(PlainSender(there.port)):
+                until(lambda: there.reception.associations == 2)
+                begun.clear()
+                assert sender.store(large) == 0
+                assert begun == []
+
+
 def test_no_room_while_an_association_is_open(tmp_path: Path) -> None:
     with listening(tmp_path / "home") as there:
         assoc = associated(there.port)
