@@ -17,7 +17,11 @@ from transfer.plan import DISPATCH_ID_CHARS
 
 NAMED_S = 1.0  # after which a run gets its name though its files are still read
 UNPLANNED = "to "  # begins the name of a run whose files have not been read
-_MADE_UP = re.compile(r"[a-z]+-[a-z]+")  # what Prefect calls a run that was given no name
+# What Prefect calls a run that was given no name: its server, and the form of its newer pages (an animal follows).
+_MADE_UP = re.compile(
+    r"[a-z]+-[a-z]+|(Awesome|Rustic|Small|Gorgeous|Fantastic|Sleek|Intelligent|Unbranded|Refined|Licensed|Generic|"
+    r"Practical|Ergonomic|Handcrafted|Tasty|Handmade|Incredible)-[A-Z][A-Za-z' -]{0,5}"
+)
 _NAMED = re.compile(rf"([0-9a-f]{{{DISPATCH_ID_CHARS}}}) to ")
 
 

@@ -110,6 +110,8 @@ class Renamed:
     ("own", "dispatch_id", "soon", "names"),
     [
         ("quick-fox", ID, False, [f"{ID} to pacs"]),
+        ("Licensed-Salmon", ID, False, [f"{ID} to pacs"]),
+        ("Nightly-Pull", ID, False, [f"{ID} to pacs (Nightly-Pull)"]),
         ("quick-fox", ID, True, ["to pacs", f"{ID} to pacs"]),
         ("quick-fox", "", False, ["to pacs"]),
         ("nightly", ID, False, [f"{ID} to pacs (nightly)"]),
@@ -117,7 +119,7 @@ class Renamed:
         ("to pacs", "", True, []),
         (f"{ID} to pacs", ID, True, []),
     ],
-    ids=["once", "slow", "refused", "its maker's", "without id", "with nothing more", "with its id"],
+    ids=["once", "newer page", "capitals", "slow", "refused", "its maker's", "without id", "with nothing more", "with its id"],
 )
 def test_a_run_is_named_once_unless_its_files_take_long(
     monkeypatch: pytest.MonkeyPatch, own: str, dispatch_id: str, soon: bool, names: list[str]
