@@ -62,7 +62,8 @@ SHOWN_JOBS = 5  # candidates that a message lists
 UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 KNOWN_S = 30.0  # for which the id of a deployment is taken for known: somebody may remove it, and we make it anew
 GIVEN_UP = (StateType.FAILED, StateType.CRASHED)
-GOES_ON = ": it goes on by itself, soon after a good `talaria target test` of the target that it waits for"
+GOES_ON = ": it goes on by itself"
+SOON_AFTER = ", soon after a good `talaria target test` of the target that it waits for"
 UNPROCESSABLE, TOO_LONG = 422, "parameters must be less than"  # Prefect's answer to long parameters
 SOON_S = 20  # a next attempt further away than this is not waited for
 
@@ -295,14 +296,26 @@ async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
     """Put a run that has ended back into the queue, under its own id."""
     flow_run = await client.read_flow_run(run_id)
     if flow_run.state is None or not flow_run.state.is_final():
-        waits = flow_run.state is not None and flow_run.state.type is StateType.SCHEDULED
-        raise Misconfigured(f"run {run_id} has not ended: {flow_run.state_name}{GOES_ON if waits else ''}")
+        raise Misconfigured(f"run {run_id} has not ended: {flow_run.state_name}{_how_on(run_id, flow_run.state)}")
     if flow_run.parent_task_run_id is not None:
         raise Misconfigured(f"run {run_id} is a part of a retrieval, which nobody begins alone: retry that one")
     if flow_run.labels.get(CRASHES):
         await client.update_flow_run_labels(run_id, {CRASHES: 0})
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
     return await client.read_flow_run(run_id)
+
+
+def _how_on(run_id: UUID, state: State[Any] | None) -> str:
+    """Return how a run goes on that somebody wants to go on; "" where it does already."""
+    if state is not None and (state.is_paused() or state.name == running.PAUSED):
+        return f": `talaria jobs resume {run_id}` lets it go on"
+    if state is None or state.type is not StateType.SCHEDULED:
+        return ""
+    said = state.message or ""
+    if said.startswith(rest.TRIES_AGAIN):
+        return GOES_ON + SOON_AFTER
+    what = rest.awaited(said)
+    return f"{GOES_ON}: it waits for {what}" if what else GOES_ON
 
 
 async def pause(client: PrefectClient, run_id: UUID) -> str:

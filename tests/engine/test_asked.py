@@ -119,7 +119,17 @@ class Renamed:
         ("to pacs", "", True, []),
         (f"{ID} to pacs", ID, True, []),
     ],
-    ids=["once", "newer page", "capitals", "slow", "refused", "its maker's", "without id", "with nothing more", "with its id"],
+    ids=[
+        "once",
+        "newer page",
+        "capitals",
+        "slow",
+        "refused",
+        "its maker's",
+        "without id",
+        "with nothing more",
+        "with its id",
+    ],
 )
 def test_a_run_is_named_once_unless_its_files_take_long(
     monkeypatch: pytest.MonkeyPatch, own: str, dispatch_id: str, soon: bool, names: list[str]

@@ -20,17 +20,18 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
-from prefect.states import Cancelling, Pending, Scheduled
+from prefect.states import AwaitingRetry, Cancelling, Pending, Scheduled
 
 from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
 from talaria.engine.worker import RETRIES, Worker
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
-from tasks.dispatch import running
+from tasks.dispatch import rest, running
 from tasks.retrieve import dispatches
 from tests.engine.material import later
 from tests.servers.up import Talaria
+from transfer.errors import Misconfigured
 from transfer.happenings import DISPATCHES
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -446,3 +447,23 @@ def test_a_run_that_another_process_has_is_waited_for(up: Talaria, here: None, t
             ledger.runs.ends(run_id, another)
             up.until(lambda: not waits.is_alive(), 60)
     assert alone.asked <= 5
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (running.paused(), r"Paused: `talaria jobs resume .*` lets it go on$"),
+        (Scheduled(), "Scheduled: it goes on by itself$"),
+        (AwaitingRetry(message=f"{rest.TRIES_AGAIN} at 10:00:00 UTC: pacs to answer; "), "soon after a good .* test"),
+        (
+            AwaitingRetry(message=f"{rest.WAITS} until 22:00:00 UTC: the hours of pacs; "),
+            "it waits for the hours of pa",
+        ),
+        (Pending(), "Pending$"),
+    ],
+    ids=["paused", "queued", "resting", "waiting", "taken"],
+)
+def test_one_that_has_not_ended_is_not_retried_and_how_it_goes_on_is_said(state: State[Any], words: str) -> None:
+    client = mock.AsyncMock(read_flow_run=mock.AsyncMock(return_value=mock.Mock(state=state, state_name=state.name)))
+    with pytest.raises(Misconfigured, match=f"has not ended: .*{words}"):
+        asyncio.run(runs.retry(client, UUID(int=1)))
