@@ -36,7 +36,7 @@ TRIALS = 2  # wild cards that may bring nothing before no more are tried
 AT_ONCE = 32  # numbers that are asked for at once, until one of them is there
 
 
-class Each(Protocol):
+class AskEach(Protocol):
     """Asks for each of some values, and returns the answers in their order; may ask for several at once.
 
     What is called gets a function that queries the peer for studies, and stops after a number of answers if that is
@@ -74,7 +74,7 @@ class _Brought:
 class Accessions:
     """One search for accession numbers."""
 
-    def __init__(self, each: Each) -> None:
+    def __init__(self, each: AskEach) -> None:
         self._each = each
         self._hit = ""  # a number that is there
         self._found: set[str] = set()

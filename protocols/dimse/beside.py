@@ -23,7 +23,7 @@ R = TypeVar("R")
 WORTH = 8  # questions that are worth an association of their own
 
 
-class Beside(Generic[S]):
+class SideBySide(Generic[S]):
     """The associations of one search.
 
     Args:

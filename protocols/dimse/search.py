@@ -15,9 +15,9 @@ from imaging.loss import WANTED, wanted
 from imaging.match import Test, in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse import stored
-from protocols.dimse.accessions import Accessions, Ask, Each
+from protocols.dimse.accessions import Accessions, Ask, AskEach
 from protocols.dimse.below import CAPS, InParts
-from protocols.dimse.beside import Beside
+from protocols.dimse.beside import SideBySide
 from protocols.dimse.identifier import encodings
 from protocols.dimse.levels import IMAGE_FIELDS, SERIES_FIELDS, STUDY_FIELDS
 from protocols.dimse.lone import studies_of
@@ -47,7 +47,7 @@ class PeerSearch:
 
     def __init__(self, finder: Finder, associations: int = 1) -> None:
         self.finder = finder
-        self._beside = Beside(self, finder, self._another, associations)
+        self._beside = SideBySide(self, finder, self._another, associations)
         self._refused: set[str] = set()  # optional keys that this peer doesn't take
         self._whole = WholeSearch(self._at_study_level, finder.peer.where, stops=finder.root != PATIENT_ROOT_FIND)
         self._stale = 0  # studies that announced more series than there were
@@ -344,7 +344,7 @@ class PeerSearch:
         else:
             yield from self._worded(keys)
 
-    def _each(self, keys: dict[str, str]) -> Each:
+    def _each(self, keys: dict[str, str]) -> AskEach:
         """Return what asks for studies by further keys, several at once where it may."""
 
         def each(work: Callable[[Ask, T], R], values: Sequence[T]) -> list[R]:
