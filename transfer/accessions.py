@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from transfer.columns import check, check_lines, check_title, only_column
 from transfer.errors import Misconfigured
 
 MOST_CHARS = 64
@@ -33,6 +34,7 @@ _RULE = re.compile(r"(?m)^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:[|+][-:+| \t]*)\r?$")
 _ROWS = re.compile(r"(?m)^\(\d+ rows?\)\r?$")  # the last line of one that a database prints
 _COUNTED = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+(?=\S)")  # what stands before each line of a numbered list
 _SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?E\+\d+(?!\w)")
+_QUOTED = re.compile(r'"[^"\n\r]*"')
 STANDARD_INPUT = Path("-")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
@@ -57,12 +59,30 @@ def accessions(text: str) -> tuple[str, ...]:
     if [mark[1] if (mark := _COUNTED.match(line)) else "" for line in lines] == [*map(str, range(1, len(lines) + 1))]:
         text = _COUNTED.sub("", text)
     column = _column(text)
+    if not column:
+        _check_list(text)
     _check_shortened("\n".join(column) if column else text)
     found = dict.fromkeys(_checked(column or _values(text)))
     first = next(iter(found), "")
     if _is_title(first) and not re.search(r"\d", first) and len(found) > 1:
         del found[first]
     return tuple(found)
+
+
+def _check_list(text: str) -> None:
+    """Look at a list that is no table.
+
+    Raises:
+        Misconfigured: its lines hold more than numbers, or its title says that they hold something else.
+    """
+    if not any(sign in text for sign in "\t;,|"):
+        check_lines(
+            [one for one in BETWEEN.split(_TWO_WORDS.sub("", line)) if one and not _is_title(one)]
+            for line in _QUOTED.sub("1", text).splitlines()
+        )
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and not _titled(text).startswith("accessionnumber "):
+        check_title(_cell(lines[0]))
 
 
 def of_cells(cells: Iterable[str]) -> tuple[str, ...]:
@@ -78,7 +98,14 @@ def of_cells(cells: Iterable[str]) -> tuple[str, ...]:
 
 def pasted(numbers: Iterable[str]) -> str:
     """Return numbers as a text of which `accessions` makes the same."""
-    return "\n".join(one if accessions(one) == (one,) else f'"{one}"' for one in numbers)
+    return "\n".join(one if _is_plain(one) else f'"{one}"' for one in numbers)
+
+
+def _is_plain(number: str) -> bool:
+    try:
+        return accessions(number) == (number,)
+    except Misconfigured:
+        return False
 
 
 def _check_shortened(text: str) -> None:
@@ -107,7 +134,10 @@ def _checked(values: Iterable[str]) -> Iterator[str]:
 def _column(text: str) -> list[str]:
     """Return the values of a table's column of accession numbers; none if the text is not a table.
 
-    That is the column with the title, which may stand below other lines, or the first one where no column has it.
+    That is the column with the title, which may stand below other lines, or the only one that can be it.
+
+    Raises:
+        Misconfigured: which one it is can't be decided.
     """
     first = text.partition("\n")[0]
     for sign in ("\t", ";", ",", "|"):
@@ -121,34 +151,15 @@ def _column(text: str) -> list[str]:
             raise Misconfigured(f"the list is not valid CSV: {exc}") from exc
         rows = [[_cell(cell) for cell in row] for row in rows if any(cell.strip() for cell in row)]
         if len(rows) < 2:
-            if sign == "\t" and not any(map(_is_title, rows[0] if rows else ())):
-                _check_columns(rows)
+            if rows and not any(map(_is_title, rows[0])):
+                check(rows, sign)
             continue
         titled = _titled_column(rows)
         if titled:
             return _titled_values(rows, *titled)
         if sign in first and sign != "|":
-            if _is_table(rows):
-                return [row[0] for row in rows[1:] if row[0]]
-            _check_columns(rows)
+            return only_column(rows) or check(rows, sign)
     return []
-
-
-def _check_columns(rows: list[list[str]]) -> None:
-    """Refuse rows of which one column has numbers, and another one none: it may hold the names of patients.
-
-    Raises:
-        Misconfigured: nothing says which column is meant.
-    """
-    if len({len(row) for row in rows}) > 1:
-        return
-    columns = [[cell for cell in column if cell] for column in zip(*rows, strict=True)]
-    digits = [[re.search(r"\d", cell) is not None for cell in column] for column in columns if column]
-    if any(map(all, digits)) and not all(map(any, digits)):
-        raise Misconfigured(
-            "the list has several columns, and one of them holds no numbers: give the column of accession numbers "
-            "alone, or a title above it (Accession Number)"
-        )
 
 
 def _titled_values(rows: list[list[str]], top: int, at: int) -> list[str]:
@@ -196,14 +207,6 @@ def _cell(text: str) -> str:
 def _is_title(text: str) -> bool:
     """Return True if a text is a title of such a column, whatever signs and digits it has besides."""
     return re.sub(r"[^a-z]", "", text.lower()) in TITLES
-
-
-def _is_table(rows: list[list[str]]) -> bool:
-    """Return True if a row of words stands above rows of the same width whose first cells hold digits."""
-    title, *others = rows
-    if any(re.search(r"\d", one) for one in title):
-        return False
-    return all(title) and all(len(row) == len(title) and re.search(r"\d", row[0]) for row in others)
 
 
 def _values(text: str) -> list[str]:

@@ -21,14 +21,13 @@ from tasks.dispatch import kept, progress, rest, running
 from tasks.dispatch.asked import check_asked
 from tasks.dispatch.audited import requester
 from tasks.names import split
-from tasks.retrieve.ending import mark_ended
+from tasks.retrieve.ending import mark_ended, numbers_of
 from tasks.retrieve.job import Job, folder_of
 from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
 from tasks.sources.elsewhere import lent_units
 from tasks.targets import check_destination, load
 from transfer import deadletters, shared
-from transfer.accessions import accessions
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.receipt import Receipt, State
@@ -270,7 +269,7 @@ def _retrieved(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
     """Return how far each study of a retrieval is that has not ended; None if another machine runs it."""
     if not folder_of(office.home, str(flow_run.id)).is_dir():
         return None
-    job = Job.load(office.home, str(flow_run.id), accessions(flow_run.parameters.get("accessions", "")))
+    job = Job.load(office.home, str(flow_run.id), numbers_of(flow_run.parameters))
     state = "paused" if flow_run.state_name == running.PAUSED else outcome(flow_run, "delivered")
     return whole_of(job, str(flow_run.id), flow_run.parameters.get("source", ""), state)
 

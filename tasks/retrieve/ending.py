@@ -54,7 +54,7 @@ async def end_at_rest(client: PrefectClient, home: Home, flow_run: FlowRun, why:
     begun = folder_of(home, run_id).is_dir()
     if not begun and (flow_run.run_count or await kept.read(client, flow_run.id) is not None):
         return
-    job = await asyncio.to_thread(_ended, home, run_id, _numbers(asked), why)
+    job = await asyncio.to_thread(_ended, home, run_id, numbers_of(asked), why)
     if job is None:
         return
     state = "failed" if why else "cancelled"
@@ -89,7 +89,8 @@ def _ended(home: Home, run_id: str, numbers: tuple[str, ...], why: str = "") -> 
         return job
 
 
-def _numbers(asked: dict[str, Any]) -> tuple[str, ...]:
+def numbers_of(asked: dict[str, Any]) -> tuple[str, ...]:
+    """Return the accession numbers among a run's parameters; none if they were refused."""
     with suppress(ValueError, DispatchError):
         return accessions(str(asked.get("accessions") or ""))
     return ()

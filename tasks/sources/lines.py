@@ -20,6 +20,7 @@ from tasks.sources.units import Unit
 from tasks.sources.writers import is_written
 from transfer import roots
 from transfer.accessions import BOMS, accessions, of_cells, text_of
+from transfer.columns import DoubtfulColumn
 from transfer.errors import Busy, Denied, DispatchError, Misconfigured
 from transfer.ledger import Ledger
 from transfer.oserrors import FULL, words_of
@@ -71,7 +72,7 @@ def lines(source: ListSource) -> list[tuple[str, str]]:
 
 def _listed(text: str, source: ListSource) -> Iterator[tuple[str, str]]:
     if source.query:
-        numbers = of_cells(_column(text, source)) if source.column else accessions(text)
+        numbers = of_cells(_column(text, source)) if source.column else _numbers(text, source)
         yield from ((number, "") for number in numbers)
         return
     folder = source.file.rpartition("/")[0]
@@ -83,6 +84,13 @@ def _listed(text: str, source: ListSource) -> Iterator[tuple[str, str]]:
             yield key, path
         keys.add(key)
         paths.add(path.rstrip("/"))
+
+
+def _numbers(text: str, source: ListSource) -> tuple[str, ...]:
+    try:
+        return accessions(text)
+    except DoubtfulColumn as exc:
+        raise Misconfigured(f"{source.file}: {exc.message}, or name it as the source's column") from exc
 
 
 def _read(source: ListSource) -> tuple[str, float]:

@@ -182,6 +182,7 @@ def test_a_retrieval_waits_for_the_quiet_hours(place: SimpleNamespace, tmp_path:
         ({}, 422, "Say what to look for"),
         ({"accessions": "01", "do": "fetch"}, 422, "Say where to bring it"),
         ({"accessions": "1.2E+11"}, 422, "format that column as text"),
+        ({"accessions": "A1\t19700101\tDoe"}, 422, "give the column of accession numbers alone"),
         ({"accessions": "01", "do": "fetch", "into": "relative"}, 422, "absolute path"),
         ({"accessions": "01", "do": "fetch", "to": "arch", "studies_per_hour": "-1"}, 422, "give a number"),
         ({"accessions": "01", "source": "arch"}, 303, ""),

@@ -93,6 +93,16 @@ def test_accession_numbers(tmp_path: Path) -> None:
     assert lines.lines(by_name) == [("A7", ""), ("A8", "")]
 
 
+def test_a_table_that_does_not_say_where_its_numbers_are_is_refused_and_how_to_name_them_is_said(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        Misconfigured, match=r"a\.csv: .* nothing says .*, or name it as the source's column"
+    ) as refused:
+        lines.lines(listed(tmp_path / "a.csv", "A1;19700101\nA2;19800202\n", query="pacs"))
+    assert "1970" not in str(refused.value)
+
+
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(Misconfigured, match="none of the 2 columns of its first line is path"):
         lines.lines(listed(tmp_path / "a.csv", "id,place\n1,/a\n", column="path"))

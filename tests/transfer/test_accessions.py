@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transfer.accessions import accessions, from_file
+from transfer.accessions import accessions, from_file, pasted
 from transfer.errors import Misconfigured
 
 
@@ -81,6 +81,17 @@ from transfer.errors import Misconfigured
         ("Accession;T1\nA1;3\nA2;4", ("A1", "A2")),
         ("Accession;Column1\r\nA1;\r\nA2;\r\n", ("A1", "A2")),
         ("Accession;Phase 1\nA1\nA2", ("A1", "A2")),
+        # One column is the only one that can have them.
+        ("Patient ID;Order;Birth date;Name\n4711;A1;19700101;Doe\n4712;A2;19800101;Roe\n", ("A1", "A2")),
+        ("Fall;Geburtsdatum\nA1;01.02.1970\nA2;\n", ("A1", "A2")),
+        ("1\tA1\n2\tA7\n3\tB3", ("A1", "A7", "B3")),
+        ("A1\t\t\nA2\t\t\n", ("A1", "A2")),
+        # Lists in several lines.
+        ("A1\tA2\nA3\tA4", ("A1", "A2", "A3", "A4")),
+        ("0012,0034\n0056,0078\n0090,0091", ("0012", "0034", "0056", "0078", "0090", "0091")),
+        ("A1 A2 A3\nA4 A5", ("A1", "A2", "A3", "A4", "A5")),
+        ('"AC 12 X"\n"AC 13 X"', ("AC 12 X", "AC 13 X")),
+        ("20240101\n20240102", ("20240101", "20240102")),
         # What a web page puts at the end of a cell.
         ("Name\tAccession\nx\tA1\u200b\ny\t\u2060A2 \ufeff\n", ("A1", "A2")),
         # No tables: lists in several lines.
@@ -115,11 +126,47 @@ def test_what_a_spreadsheet_has_shortened_is_refused_and_not_looked_for(text: st
         "A1\tDoe\n",
         'A1;"Doe, John"\nA2;\nA3;Roe',
         "1980-01-01,Doe,A1\n1981-01-01,Roe,A2",
+        # Columns of which several hold digits.
+        "A1\t19700101\tDoe",
+        "A1\t19700101\nA2\t19800202",
+        "A1\t4711\nA2\t4712\nA3\t4713",
+        "0012\t4711\n0013\t4712",
+        "A100\tP100\nA101\tP101",
+        "A1\t4711",
+        "A1,19700101\nA2,19800202",
+        "A1;01.01.1970\nA2;02.02.1980",
+        "A1,1970-01-01,Doe",
+        "A1,Doe^John",
+        "0012345,4711\n0012346,4712\n0012347,4713",
+        "A100,P100\nA101,P101\nA102,P102",
+        # Some cells are empty, or were cut off.
+        "A1\tDoe\tx\nA2\tRoe\nA3\t",
+        "1\tA1\tDoe\n2\tA2\tRoe",
+        # Titles that are none of accession numbers.
+        "Patient ID;Name\n4711;Doe\n4712;Roe",
+        "ID\tName\n4711\tDoe",
+        "Case;Order;Name\n1;A1;Doe\n2;A2;Roe",
+        # Columns that blanks separate.
+        "A1   Doe, John   19700101\nA2   Roe, Jane   19800101".replace(",", ""),
+        "4711 Doe\n4712 Roe",
+        "A1 19700101\nA2 19800101",
+        "Accession   Name\nA1   Doe\nA2   Roe",
     ],
 )
-def test_names_beside_numbers_are_not_taken_for_numbers(text: str) -> None:
+def test_names_dates_and_ids_beside_numbers_are_not_taken_for_numbers(text: str) -> None:
     with pytest.raises(Misconfigured, match="give the column of accession numbers alone, or a title"):
         accessions(text)
+
+
+@pytest.mark.parametrize("title", ["Patient ID", "MRN", "Patienten-Nr.", "Date of birth", '"PatientName"'])
+def test_a_column_that_is_titled_as_something_else_is_refused(title: str) -> None:
+    with pytest.raises(Misconfigured, match="give the column of accession numbers, with its own title or none"):
+        accessions(f"{title}\n4711\n4712\n")
+
+
+@pytest.mark.parametrize("number", ["AC 12 X", "X Y 1", "A;B1", "Doe 1"])
+def test_numbers_with_blanks_and_signs_are_kept_as_they_are(number: str) -> None:
+    assert accessions(pasted(["A1", number, "A2"])) == ("A1", number, "A2")
 
 
 def test_which_value_is_no_number_is_said_without_it() -> None:
