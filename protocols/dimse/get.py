@@ -67,6 +67,11 @@ class FinalResponse:
         return self.status == 0 and not self.failed and (self.completed or self.warning or 0) > 0
 
     @property
+    def says_nothing(self) -> bool:
+        """Whether the peer calls it a success, and not how much was sent: it may be about to send it."""
+        return self.status == 0 and not (self.completed or self.failed or self.warning)
+
+    @property
     def refused(self) -> bool:
         """Whether the peer did not do the retrieval at all."""
         return self.status not in (0, WARNINGS, CANCELLED) and not (self.completed or self.warning)

@@ -80,6 +80,7 @@ class Expected:
         instances: their UIDs, None if they are not known.
         strangers: takes the addresses from which associations are refused meanwhile.
         tls: with which they are to come; None if they may come in clear.
+        unclear: whether something was refused that may have been for this one, or for another.
     """
 
     originators: frozenset[str]
@@ -89,6 +90,7 @@ class Expected:
     depot: Depot
     strangers: Strangers = field(repr=False)
     tls: ssl.SSLContext | None = field(default=None, repr=False)
+    unclear: bool = False
 
     def takes(self, caller: Caller) -> bool:
         """Return whether what it brings may come from a peer."""
@@ -169,7 +171,10 @@ class MoveDesk:
         if len(found) == 1:
             return found[0]
         uid = request.text(AFFECTED_INSTANCE)
-        return next((one for one in found if one.instances is not None and uid in one.instances), None)
+        its = next((one for one in found if one.instances is not None and uid in one.instances), None)
+        for one in found if its is None else ():
+            one.unclear = True
+        return its
 
 
 @dataclass(frozen=True)

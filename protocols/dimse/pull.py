@@ -422,16 +422,17 @@ class Pull:
 
     def _by_move(self, one: PulledSeries) -> None:
         """Retrieve series on one association by C-MOVE, beginning with this one."""
+
+        def waits() -> bool:
+            self.report.check()
+            return not self.report.pausing.is_set()
+
         hosts = addresses(self.peer.host, self.peer.port)
-        with DESK.turns.taken(hosts, self.peer.tls, self._waits) as is_ours:
+        with DESK.turns.taken(hosts, self.peer.tls, waits) as is_ours:
             if is_ours:
                 self._request_moves(one, hosts)
             else:
                 self._put_back(one)
-
-    def _waits(self) -> bool:
-        self.report.check()
-        return not self.report.pausing.is_set()
 
     def _request_moves(self, one: PulledSeries, hosts: frozenset[str]) -> None:
         with _association():
@@ -455,6 +456,7 @@ class Pull:
         instances = frozenset(one.images) if one.images and one.all_listed else None
         with self._depot(one, durable=True) as depot:
             depot.throttle, depot.moved = self._throttle, self.report.moved
+            begun = depot.heard
             for keys in self._requests(one, retriever):
                 number = next_message_id()
                 expected = Expected(whose, number, hosts, instances, depot, self.strangers, tls)
@@ -469,25 +471,26 @@ class Pull:
                             raise error
                         self._give_up(one, error)
                         return
-                    self._await_late(one, answer, expected)
+                    self._await_late(one, answer, expected, begun)
                 if depot.failure is not None:
                     raise depot.failure
-                if not one.listed:
-                    break
+                if not one.listed or (answer.whole and depot.heard == begun and not expected.unclear):
+                    break  # what is said to be sent, and doesn't come, wouldn't come in pieces either
         self._weigh(one)
 
-    def _await_late(self, one: PulledSeries, answer: FinalResponse, expected: Expected) -> None:
-        """Wait for instances that are still on their way: some peers answer before they have sent anything."""
+    def _await_late(self, one: PulledSeries, answer: FinalResponse, expected: Expected, begun: float) -> None:
+        """Wait for what is on its way, as some peers answer before they send; `begun` is the depot's `heard` before."""
         if answer.refused:
             return
-        ended = time.monotonic()
-        early = answer.status == 0 and not (answer.completed or answer.failed or answer.warning)
-        patience = self.peer.idle_timeout_s if early else min(LATE_S, self.peer.idle_timeout_s)
-        while self._lacks(one) and expected.depot.failure is None:
+        ended, depot, early = time.monotonic(), expected.depot, answer.says_nothing
+        while self._lacks(one) and depot.failure is None:
+            nothing = (early or answer.whole) and depot.heard == begun and not expected.unclear
+            patience = self.peer.idle_timeout_s if early or nothing else min(LATE_S, self.peer.idle_timeout_s)
             if time.monotonic() - max(ended, expected.last_heard()) >= patience:
-                if early and not self._counts[one.uid]:
-                    came = f"the peer says that it has sent the series, and nothing came within {patience:g} s"
-                    raise NothingCame(f"{self.peer.where}: {came}: {self._destination.question}{self.strangers}")
+                if nothing and not self._counts[one.uid]:
+                    came = f"says that it has sent the series ({answer}), and nothing came within {patience:g} s"
+                    question = f"{self._destination.question}{self.strangers}"
+                    raise NothingCame(f"{self.peer.where}: the peer {came}: {question}")
                 return
             time.sleep(LOOK_S)
             self.report.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ R = TypeVar("R")
 BATCH = 500  # accession numbers in one search
 PARTIAL_TRIES = 2  # a source that gave less than it announced twice will do so again
 SLICE_S = 0.25
+PASSED_OVER = "not asked for, as nothing came of other studies"
 
 
 class Fetcher:
@@ -42,7 +43,8 @@ class Fetcher:
         self.cancelled, self.paused = cancelled, paused
         self.driver = DRIVERS.of(source)
         self.quiet = Quiet(source)
-        self._in_vain = False  # whether a study was asked for as often as allowed, and what the source sent never came
+        self._in_vain = ""  # why nothing came of the last study that was asked for as often as allowed
+        self._seen = 0  # studies since the first of which nothing came
         self.unread = ""  # why what the last search did not find may be there all the same
         self.unread_about = frozenset[str]()  # what of it is known to be there, in lower case; empty if anything may be
 
@@ -66,7 +68,6 @@ class Fetcher:
                 attempt += 1
                 lost = isinstance(exc, NothingCame)  # which takes the source's idle timeout each time
                 if attempt > (1 if lost and self._in_vain else self.source.max_attempts) or self.paused.is_set():
-                    self._in_vain = self._in_vain or lost
                     raise
                 self._wait(delay_before(attempt, self.source, exc))
 
@@ -163,12 +164,51 @@ class Fetcher:
 
     # ---- fetch
 
+    def in_order(self) -> Iterator[Study]:
+        """Yield all studies, and then those that were passed over and are to be fetched after all."""
+        left = [*self.job.studies.values()]
+        while left:
+            passed = list[Study]()
+            for one in left:
+                yield one
+                passed += [one] if one.reason.startswith(PASSED_OVER) else []
+            left = [one for one in passed if one.stage is Stage.FOUND]
+
+    def passes_over(self, study: Study) -> bool:
+        """Return True if a study is not asked for, as what the source says it has sent never comes; `study` keeps why.
+
+        Each such study takes the source's idle timeout. The second one is asked for, the fourth, the eighth, and so on:
+        if something comes of one, nothing is passed over any more, and what was is to be fetched after all.
+        """
+        if not self._in_vain:
+            return False
+        self._seen += 1
+        if self._seen & (self._seen - 1) == 0:
+            return False
+        study.stage, study.reason = Stage.FAILED, f"{PASSED_OVER}: {self._in_vain}"
+        return True
+
     def fetch(self, study: Study, folder: Path) -> None:
         """Fetch a study into a folder; `study` keeps the result. A pause leaves it as it is.
 
         Raises:
             Cancelled: somebody asked for it. DiskFull: there is no room; what came is kept.
         """
+        before, _ = size_of(folder)
+        try:
+            self._fetch_all(study, folder)
+        finally:
+            if size_of(folder)[0] > before:
+                self._came()
+
+    def _came(self) -> None:
+        """Note that what the source sends comes."""
+        self._in_vain, self._seen = "", 0
+        for one in self.job.studies.values():
+            if one.stage is Stage.FAILED and one.reason.startswith(PASSED_OVER):
+                one.stage, one.reason = Stage.FOUND, ""
+
+    def _fetch_all(self, study: Study, folder: Path) -> None:
         for attempt in range(1, PARTIAL_TRIES + 1):
             try:
                 receipt = self.patiently(lambda: self._fetch(study, folder))
@@ -180,12 +220,13 @@ class Fetcher:
                 here, _ = size_of(folder)
                 study.stage, study.reason = (Stage.PARTIAL if here else Stage.FAILED), exc.message
                 study.instances = here
+                if isinstance(exc, NothingCame) and not here:
+                    self._in_vain, self._seen = exc.message, max(1, self._seen)
                 return
             except Exception as exc:  # what one study meets must not end the others
                 get_run_logger().exception("study %s could not be fetched", study.study)
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
                 return
-            self._in_vain = self._in_vain and not receipt.items
             if receipt.state is State.DELIVERED or self.paused.is_set() or attempt == PARTIAL_TRIES:
                 break
             self._wait(delay_before(attempt + 1, self.source, None))

@@ -139,11 +139,11 @@ class Retrieval:
 
     async def _fetch(self) -> None:
         """Fetch study after study; send each on as soon as it is complete."""
-        for study in list(self.job.studies.values()):
+        for study in self.fetcher.in_order():
             self._go_on()
             folder = self._folder(study)
             if study.stage is Stage.FOUND:
-                if self._stopped() or self._held_up() or self._full:
+                if self._stopped() or self._held_up() or self._full or self.fetcher.passes_over(study):
                     continue
                 try:
                     if not await self._room(study) or not await self._pace() or self._stopped() or self._held_up():

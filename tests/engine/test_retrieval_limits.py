@@ -36,7 +36,7 @@ from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Stage, Study
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
-from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive
+from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
 from tests.targets.dicom import dicom_target
 from tests.targets.pulling import GETS, only, port_of_moves
 from transfer.audit import Trail, entries
@@ -580,18 +580,46 @@ def test_a_retrieval_that_is_cancelled_when_all_is_delivered_is_delivered(
     assert settled(FlowRun(flow_id=uuid4(), state=state), "retrieval", document)["state"] == "delivered"
 
 
-def test_after_one_study_a_source_that_sends_elsewhere_is_asked_once_for_each(
+@pytest.mark.parametrize("answer", [Last(0), Last(0, 2, 0, 0)], ids=["nothing said", "all said"])
+def test_a_source_that_sends_elsewhere_is_asked_for_fewer_and_fewer_studies(
+    concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch, answer: Last
+) -> None:
+    """Each that is asked for takes an idle timeout; all say why nothing came."""
+    port_of_moves(monkeypatch)
+    numbers = [f"A{number}" for number in range(1, 11)]
+    fields = {"idle_timeout_s": 0.3, "max_attempts": 3, "retry_delay_s": 0}
+    files = [file for number in numbers for file in study(number, 2)]
+    with archive(files, accept=only(GETS), on_move=lambda request, found: [answer]) as peer:
+        one = made(peer, numbers=" ".join(numbers), source_fields=fields)
+        assert concluded(one).is_failed()
+        found = list(one.job.studies.values())
+        assert {study.stage for study in found} == {Stage.FAILED}
+        assert all("is RECEIVER registered there" in study.reason for study in found)
+        asked = [str(request.keys.StudyInstanceUID) for request in peer.asked(MOVE)]
+        assert asked == [found[at - 1].study for at in (1, 1, 1, 2, 4, 8)]
+        over = [study.reason.startswith("not asked for, as nothing came of other studies: ") for study in found]
+        assert [at for at, is_over in enumerate(over, 1) if is_over] == [3, 5, 6, 7, 9, 10]
+
+
+def test_what_comes_of_one_study_ends_the_suspicion_and_all_others_are_asked_for(
     concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port_of_moves(monkeypatch)
-    sends_elsewhere: Callable[[Request, list[Instance]], Steps] = lambda request, found: [Last(0)]  # noqa: E731
-    fields = {"idle_timeout_s": 0.5, "max_attempts": 3, "retry_delay_s": 0}
-    with archive(three(), accept=only(GETS), on_move=sends_elsewhere) as peer:
-        one = made(peer, source_fields=fields)
-        assert concluded(one).is_failed()
-        assert {study.stage for study in one.job.studies.values()} == {Stage.FAILED}
-        assert all("is RECEIVER registered there" in study.reason for study in one.job.studies.values())
-        assert len(peer.asked(MOVE)) == 3 + 1 + 1
+    """Some lie on tapes: the source says that it has sent them, and will another day."""
+    port = port_of_moves(monkeypatch)
+    numbers = [f"A{number}" for number in range(1, 9)]
+    files = [file for number in numbers for file in study(number, 1)]
+    fields = {"idle_timeout_s": 0.3, "max_attempts": 1}
+
+    def move(request: Request, found: list[Instance]) -> Steps:
+        return [Last(0)] if found[0].ds.AccessionNumber in ("A1", "A2") else sends(found)
+
+    with archive(files, accept=only(GETS), on_move=move, ports={"RECEIVER": port}) as peer:
+        one = made(peer, numbers=" ".join(numbers), source_fields=fields)
+        concluded(one)
+        assert stages(one) == dict.fromkeys(numbers, Stage.DELIVERED) | dict.fromkeys(("A1", "A2"), Stage.FAILED)
+        named = {study.study: study.accession for study in one.job.studies.values()}
+        asked = [named[str(request.keys.StudyInstanceUID)] for request in peer.asked(MOVE)]
+        assert asked == ["A1", "A2", "A4", "A5", "A6", "A7", "A8", "A3"]
 
 
 def test_what_one_study_meets_unexpectedly_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

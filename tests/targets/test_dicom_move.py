@@ -92,7 +92,7 @@ def other_host(request: Request, found: list[Instance]) -> Steps:
     ("script", "words"),
     [
         (lambda request, found: [Last(0)], "s: is RECEIVER registered there with this machine"),
-        (lambda request, found: [Last(0, 1, 0, 0)], "has sent the instance (status 0000, 1 completed, 0 failed, 0"),
+        (lambda request, found: [Last(0, 1, 0, 0)], "has sent the series (status 0000, 1 completed, 0 failed, 0"),
         (lambda request, found: [Last(DESTINATION_UNKNOWN)], "doesn't know the move destination RECEIVER: register"),
         (lambda request, found: [Last(0xA702, 0, 1, 0)], "did not move the instance (status A702, 0 completed, 1 fail"),
         (lambda request, found: [Last(0xC000, comment=f"no way for {studies.PATIENT_NAME}")], "C000 (no way for "),
