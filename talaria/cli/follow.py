@@ -38,13 +38,17 @@ def _cancel(access: Access, run_id: str) -> None:
 
 
 def _followed(access: Access, run_id: str, all_items: bool) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+    result, message = dict[str, Any](), ""
     with _Bars() if sys.stderr.isatty() else _Lines() as shown:
         for kind, event in access.stream("follow_job", job=run_id, all_items=all_items):
             if kind == "progress":
                 shown.show(event["targets"])
+            elif kind == "state":
+                message = event.get("message") or ""
             elif kind == "result":
                 result = event
+    if message and result.get("state") == "waiting" and not result.get("error"):
+        say(message)  # until when, and for what
     return result
 
 

@@ -102,7 +102,7 @@ async def found(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS))
     """
     flow_run = await runs.find(office.client, job, flows=tuple(KINDS[kind] for kind in kinds))
     if runs.kind_of(flow_run) not in kinds:
-        raise NotFound(f"no {kinds[0]} {job}")
+        raise NotFound(f"no {' or '.join(kinds)} {job}")
     return flow_run
 
 

@@ -175,6 +175,19 @@ def test_send_says_what_goes_wrong_as_it_does_and_prints_the_receipt(tmp_path: P
         assert not any(asked.path.endswith("/dispatches") for asked in one.asked)
 
 
+def test_a_retrieval_that_waits_says_until_when_and_for_what(tmp_path: Path) -> None:
+    message = "waits until 22:00:00 UTC: the hours of pacs; 0 studies found, 0 delivered, 1 waiting"
+    rests = {**LINE, "state": "AwaitingRetry", "kind": "retrieval", "message": message}
+    waits = {"flow_run_id": RUN, "source": "pacs", "state": "waiting", "error": None, "studies": [], "accessions": []}
+    answers = {
+        ("POST", "/retrievals"): [(201, {**waits, "run": LINE})],
+        ("GET", f"/jobs/{RUN}/events"): [(200, events(("state", LINE), ("state", rests), ("result", waits)))],
+    }
+    with api(tmp_path / "home", answers) as one:
+        ran = run(one, "retrieve", "pacs", "--accession", "A1", "--off-peak", "--to", "cloud")
+    assert ran.returncode == 1 and "Retrieval from pacs: waiting" in ran.stdout and words(ran)[1:] == [message]
+
+
 @pytest.mark.parametrize(("status", "code"), [(401, 2), (403, 2), (404, 2), (409, 2), (422, 2), (500, 3), (502, 1)])
 def test_a_refusal_is_one_line_and_the_code_that_it_deserves(status: int, code: int, tmp_path: Path) -> None:
     answers = {("GET", "/targets/pacs"): [(status, {"error": "no target named pacs; there are: a, b"})]}
