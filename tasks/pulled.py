@@ -50,7 +50,7 @@ def compared(
         unproven: series that nothing shows to be whole.
         elsewhere: how many instances of a series came in another one, which has them as well.
     """
-    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header) + Counter(elsewhere)
+    seen = Counter(item.shared.SeriesInstanceUID for item in plan.items if item.shared) + Counter(elsewhere)
     short, notes = 0, []
     known: Counter[str] = Counter()  # instances by study that came, or are missed already
     for one in series:

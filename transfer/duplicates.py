@@ -35,8 +35,8 @@ class Duplicates:
         self._plan, self._report = plan, report
         groups: dict[str, list[Item]] = {}
         for item in plan.items:
-            if item.header is not None:
-                groups.setdefault(item.header.SOPInstanceUID, []).append(item)
+            if item.shared is not None:
+                groups.setdefault(item.sop_instance_uid, []).append(item)
         self._groups = [group for group in groups.values() if len(group) > 1]
         self._held: set[str] = set()
 

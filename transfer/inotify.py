@@ -6,7 +6,7 @@ import ctypes
 import os
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -16,22 +16,32 @@ _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that f
 
 try:
     _libc: Any = ctypes.CDLL(None, use_errno=True)
-    _init, _add = _libc.inotify_init1, _libc.inotify_add_watch
+    _init, _add, _remove = _libc.inotify_init1, _libc.inotify_add_watch, _libc.inotify_rm_watch
 except (AttributeError, OSError):  # not Linux
-    _init = _add = None
+    _init = _add = _remove = None
 
 
 def opened(owner: object) -> int:
     """Return a descriptor of watches, which is closed with its owner; -1 where the system has none (left)."""
+    return closing(owner)[0]
+
+
+def closing(owner: object) -> tuple[int, Callable[[], object]]:
+    """Return the same, and what closes it before its owner goes."""
     fd: int = _init(os.O_NONBLOCK | os.O_CLOEXEC) if _init else -1
-    if fd >= 0:
-        weakref.finalize(owner, os.close, fd)  # also while the interpreter ends, where __del__ fails
-    return fd
+    if fd < 0:
+        return fd, lambda: None
+    return fd, weakref.finalize(owner, os.close, fd)  # also while the interpreter ends, where __del__ fails
 
 
 def add(fd: int, path: str, mask: int) -> int:
     """Watch a file or folder for the events of a mask; return the watch's number, -1 if it can't be watched."""
     return int(_add(fd, os.fsencode(path), mask))
+
+
+def remove(fd: int, number: int) -> None:
+    """Watch no longer what has a number; one that ended with its file is no error."""
+    _remove(fd, number)
 
 
 def events(fd: int) -> Iterator[tuple[int, int, str]]:
@@ -41,6 +51,6 @@ def events(fd: int) -> Iterator[tuple[int, int, str]]:
             at = 0
             while at < len(data):
                 number, mask, _, length = _EVENT.unpack_from(data, at)
-                name = os.fsdecode(data[at + _EVENT.size : at + _EVENT.size + length].rstrip(b"\0"))
-                at += _EVENT.size + length
-                yield number, mask, name
+                at += _EVENT.size
+                yield number, mask, os.fsdecode(data[at : at + length].rstrip(b"\0")) if length else ""
+                at += length

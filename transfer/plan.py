@@ -20,6 +20,7 @@ from transfer import roots
 from transfer.beneath import PATH_ONLY, is_link_error, resolved
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded, is_excluded
+from transfer.item import Item as Item
 from transfer.outcome import ALREADY, Outcome
 from transfer.readers import Readers
 from transfer.source import InPlace, LeadsOut, Sources
@@ -44,73 +45,12 @@ class Origin:
     sender_host: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One file of a plan.
-
-    Attributes:
-        path: relative POSIX path, unique in the plan; bytes that are not UTF-8 are kept as surrogates.
-        size: bytes.
-        mtime_ns: modification time, nanoseconds since the epoch.
-        header: what the DICOM header says, None if the file isn't DICOM or can't be sent as such.
-        problem: why no target may have this file (a link out of the source, unreadable); "" if nothing is wrong.
-        not_sent: why targets that carry only DICOM reject (damaged) or skip (not DICOM) it, "" if they take it.
-        damaged: whether `not_sent` is a rejection.
-        ctime_ns, links, inode: time of the last change to the file or to what is known of it, number of its hard links,
-            and of its inode, when it was planned or staged; 0 if that is not known.
-        in_place: whether a staged plan reads the file where it lies.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
-    header: Header | None = None
-    problem: str = ""
-    not_sent: str = ""
-    damaged: bool = False
-    ctime_ns: int = field(default=0, compare=False)
-    links: int = field(default=0, compare=False)
-    inode: int = field(default=0, compare=False)
-    in_place: bool = field(default=False, compare=False)
-
-    def seen(self, now: os.stat_result, *, in_place: bool = False) -> Item:
-        """Return the item with what is known of its file now."""
-        return Item(
-            self.path,
-            self.size,
-            self.mtime_ns,
-            self.header,
-            self.problem,
-            self.not_sent,
-            self.damaged,
-            now.st_ctime_ns,
-            now.st_nlink,
-            now.st_ino,
-            in_place,
-        )
-
-    @property
-    def shown(self) -> str:
-        """The path for logs, JSON and the ledger: valid UTF-8, one line, different for different paths.
-
-        What can't be shown is escaped as in Python; a backslash of the name itself is doubled. `\\xa0` stands for a
-        byte that is not UTF-8, and the character of that number is `\\u00a0`.
-        """
-        if self.path.isprintable() and "\\" not in self.path:
-            return self.path
-        safe = self.path.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return "".join(c if c.isprintable() else _escaped(c) for c in safe)
-
-
-def _escaped(char: str) -> str:
-    return f"\\u{ord(char):04x}" if "\x80" <= char <= "\xff" else repr(char)[1:-1]
-
-
 def header_of(item: Item) -> Header:
     """Return the header of an item, which has one: targets that carry only DICOM get no others."""
-    if item.header is None:
+    header = item.header
+    if header is None:
         raise RuntimeError(f"{item.shown} is not DICOM and should not have come here")
-    return item.header
+    return header
 
 
 @dataclass(frozen=True)
@@ -202,6 +142,8 @@ class Plan:
         Args:
             fd: the open file; None to look by its name, which costs a fifth of opening it.
         """
+        if self.watch:
+            self.watch.keep_up()
         try:
             now = self._seen(item) if fd is None else os.fstat(fd)
         except OSError as exc:
@@ -238,7 +180,7 @@ class Plan:
             return True
         if item.in_place and now.st_ino != item.inode:
             return False
-        written = self.watch.is_written(item.path) if self.watch else None
+        written = self.watch.is_written(item.watch) if self.watch else None
         return now.st_nlink != links if written is None else not written
 
 
@@ -374,7 +316,7 @@ class _Scan:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):  # since it was looked at
                 return Item(relative, 0, 0, problem="not a regular file")
-            self.watch.add(relative, path)
+            watch = self.watch.add(fd)
             header, why, damaged = None, "", False
             try:
                 header = read_header(fd, info.st_size)
@@ -385,7 +327,7 @@ class _Scan:
                 why, damaged = str(exc), info.st_size > 0 or relative.lower().endswith((".dcm", ".dicom"))
             if header is None:
                 self.heads[relative] = hashlib.sha256(os.pread(fd, HEAD_BYTES, 0)).digest()
-            facts = (info.st_ctime_ns, info.st_nlink, info.st_ino)
+            facts = (info.st_ctime_ns, info.st_nlink, info.st_ino, False, watch)
             return Item(relative, _common(info.st_size), info.st_mtime_ns, header, "", why, damaged, *facts)
         except OSError as exc:
             return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
@@ -460,9 +402,7 @@ def _dispatch_id(items: tuple[Item, ...], heads: Mapping[str, bytes]) -> str:
     digest = hashlib.sha256()
     for item in items:
         # What is refused is not read: a link may lead anywhere.
-        mark = item.problem.encode() or (
-            item.header.SOPInstanceUID.encode() if item.header else heads.get(item.path, b"")
-        )
+        mark = item.problem.encode() or item.sop_instance_uid.encode() or heads.get(item.path, b"")
         name = item.path.encode("utf-8", "surrogateescape")
         digest.update(b"%s\0%d\0%d\0%s\n" % (name, item.size, item.mtime_ns, mark))
     return digest.hexdigest()[:DISPATCH_ID_CHARS]

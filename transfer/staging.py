@@ -71,6 +71,8 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None, way:
         with _Staging(plan, into, sources, way, check) as staging:
             for number, item in enumerate(items):
                 check()
+                if plan.watch:
+                    plan.watch.keep_up()
                 items[number] = item if item.problem else staging.bring(item)
     except BaseException:
         sources.close()
@@ -83,8 +85,10 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None, way:
     return replace(plan, root=into, items=tuple(items), sources=(), in_place=in_place)
 
 
-def discard(folder: Path) -> None:
-    """Remove a staging folder, if it is there."""
+def discard(folder: Path, staged: Plan | None = None) -> None:
+    """Remove a staging folder, if it is there; of the plan that is staged there, nothing can be sent any more."""
+    if staged and staged.watch:
+        staged.watch.close()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -137,11 +141,11 @@ class _Staging:
             with self._sources.above(f"{self._root}/{item.path}") as (other, name):
                 return self._brought(item, _Found(other, name))
         except LeadsOut:
-            return replace(item, problem=CHANGED)  # it was looked at, and then became a link
+            return item.but(problem=CHANGED)  # it was looked at, and then became a link
         except OSError as exc:
             if exc.errno in FULL:
                 raise Busy(f"no room for staging in {self._into.parent}") from exc
-            return replace(item, problem=CHANGED if is_link_error(exc) else f"can't be read: {exc.strerror}")
+            return item.but(problem=CHANGED if is_link_error(exc) else f"can't be read: {exc.strerror}")
 
     def _enter(self, folder: str) -> None:
         self.close()
@@ -158,10 +162,9 @@ class _Staging:
         if stat.S_ISLNK(before.st_mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), found.name)
         if not stat.S_ISREG(before.st_mode) or (before.st_size, before.st_mtime_ns) != (item.size, item.mtime_ns):
-            return replace(item, problem=CHANGED)
-        watched = before.st_ctime_ns == item.ctime_ns
-        if not watched and not _is_still(self._plan, item, found, before):
-            return replace(item, problem=CHANGED)
+            return item.but(problem=CHANGED)
+        if before.st_ctime_ns != item.ctime_ns and not _is_still(self._plan, item, found, before):
+            return item.but(problem=CHANGED)
         if self._way is Way.PLACE:
             return item.seen(before, in_place=True)
         name = item.path.rpartition("/")[2]
@@ -172,28 +175,29 @@ class _Staging:
                 if exc.errno == errno.EXDEV:
                     self._apart.add(before.st_dev)
             else:
-                return self._linked(item, name, before, watched)
+                return self._linked(item, name, before)
         if self._way is Way.READ and before.st_dev in self._unshared:
             return item.seen(before, in_place=True)
         return self._opened(item, found, name, before)
 
-    def _linked(self, item: Item, name: str, before: os.stat_result, watched: bool) -> Item:
+    def _linked(self, item: Item, name: str, before: os.stat_result) -> Item:
         now = os.stat(name, dir_fd=self._staged, follow_symlinks=False)
         if not os.path.samestat(now, before):  # another file has its name by now
             os.unlink(name, dir_fd=self._staged)
-            return replace(item, problem=CHANGED)
+            return item.but(problem=CHANGED)
         if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
-            return replace(item, problem=CHANGED)
-        if not watched and self._plan.watch:
-            self._plan.watch.add(item.path, f"{self._into}/{item.path}")
-        return item.seen(now)
+            return item.but(problem=CHANGED)
+        return item.seen(now, watch=item.watch or self._watched(f"{self._into}/{item.path}"))
+
+    def _watched(self, file: str) -> int:
+        return self._plan.watch.add(file) if self._plan.watch else 0
 
     def _opened(self, item: Item, found: _Found, name: str, before: os.stat_result) -> Item:
         """Freeze, copy or keep in its place what can't be linked."""
         fd = found.open()
         try:
             if not os.path.samestat(os.fstat(fd), before):
-                return replace(item, problem=CHANGED)
+                return item.but(problem=CHANGED)
             copy = self._into / item.path
             shared = before.st_dev not in self._unshared and _clone(fd, copy)
             if not shared:
@@ -203,15 +207,13 @@ class _Staging:
             if not shared:
                 _copy(fd, copy, self._check)
             if not _is_whole(fd, copy, before):
-                return replace(item, problem=CHANGED)
+                return item.but(problem=CHANGED)
             now = os.lstat(copy)
         finally:
             os.close(fd)
         if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
-            return replace(item, problem=CHANGED)
-        if self._plan.watch:
-            self._plan.watch.add(item.path, str(copy))
-        return item.seen(now)
+            return item.but(problem=CHANGED)
+        return item.seen(now, watch=self._watched(str(copy)))
 
 
 def _is_still(plan: Plan, item: Item, found: _Found, now: os.stat_result) -> bool:
@@ -222,7 +224,7 @@ def _is_still(plan: Plan, item: Item, found: _Found, now: os.stat_result) -> boo
     """
     if item.inode and now.st_ino != item.inode:
         return False
-    written = plan.watch.is_written(item.path) if plan.watch else None
+    written = plan.watch.is_written(item.watch) if plan.watch else None
     if written is not None or item.header is None or not item.ctime_ns:
         return not written
     fd = found.open()

@@ -239,10 +239,10 @@ def identifying(plan: Plan, items: Iterable[Item]) -> set[str]:
     found: set[str] = set()
     seen: set[tuple[str, str]] = set()
     for item in items:
-        if item.header is None:
+        if item.shared is None:
             continue
-        found |= {item.header.PatientID, item.header.AccessionNumber}
-        key = (item.header.StudyInstanceUID, item.header.PatientID)
+        found |= {item.shared.PatientID, item.shared.AccessionNumber}
+        key = (item.shared.StudyInstanceUID, item.shared.PatientID)
         if key not in seen and len(seen) < MAX_FILES:
             seen.add(key)
             found |= _read(plan, item)

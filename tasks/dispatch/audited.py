@@ -83,10 +83,12 @@ def _about(target: Target, run: str, role: str = "target") -> dict[str, Any]:
 
 
 def _content(plan: Plan) -> dict[str, Any]:
-    headers = [item.header for item in plan.items if item.header]
-    studies = sorted({header.StudyInstanceUID for header in headers} - {""})
-    patients = sorted({header.PatientID for header in headers} - {""})
-    classes = Counter(header.SOPClassUID for header in headers)
+    shared = Counter(item.shared for item in plan.items if item.shared)  # a few for thousands of items
+    studies = sorted({one.StudyInstanceUID for one in shared} - {""})
+    patients = sorted({one.PatientID for one in shared} - {""})
+    classes = Counter[str]()
+    for one, count in shared.items():
+        classes[one.SOPClassUID] += count
     return {
         "dispatch": plan.dispatch_id,
         "items": len(plan.items),

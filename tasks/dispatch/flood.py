@@ -95,7 +95,7 @@ class Studies:
                 idle = [name for name, other in self._staged.items() if not other.users]
                 gone = [self._staged.pop(name) for name in idle[: max(0, len(idle) - self._kept)]]
             for other in gone:
-                discard(other.folder)
+                discard(other.folder, other.plan)
 
     def _stage(self, study: FloodStudy, folder: Path) -> Plan:
         def check() -> None:

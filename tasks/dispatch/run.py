@@ -484,7 +484,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming, origin:
             await asyncio.to_thread(say_refused, exc)
             raise
         finally:
-            await asyncio.to_thread(discard, dispatch.staging)
+            await asyncio.to_thread(discard, dispatch.staging, getattr(dispatch.staged, "plan", None))
             if owner:
                 ledger.runs.ends(flow_run_id, goes_on=rest.rests(ledger, flow_run_id))
 

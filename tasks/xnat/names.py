@@ -80,7 +80,7 @@ def values_of(study: XnatStudy, dispatch_id: str) -> dict[str, str]:
     """
     values = {}
     for name in FIELDS:
-        found = (str(getattr(item.header, name, "") or "").strip() for item in study.items)
+        found = (str(getattr(item.shared, name, "") or "").strip() for item in study.items)
         values[name] = next((value for value in found if value), UNKNOWN)
     if values["PatientID"] == UNKNOWN:
         values["PatientID"] = f"{UNKNOWN}-{digest(study.uid)}"

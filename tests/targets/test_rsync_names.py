@@ -32,7 +32,7 @@ def in_place(tmp_path: Path, count: int = 3) -> Plan:
     copied = plan.items[0]
     (tmp_path / "staged" / copied.path).write_bytes(b"0")
     info = (tmp_path / "staged" / copied.path).stat()
-    return replace(plan, items=(replace(copied, mtime_ns=info.st_mtime_ns, in_place=False), *plan.items[1:]))
+    return replace(plan, items=(copied.but(mtime_ns=info.st_mtime_ns, in_place=False), *plan.items[1:]))
 
 
 def read(folder: Path, items: Any) -> dict[str, bytes]:

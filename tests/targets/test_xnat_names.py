@@ -153,7 +153,7 @@ def test_a_value_comes_from_any_file_of_the_study() -> None:
     study = study_of("2.25.7", "A", "", "")
     header = header_of(study.items[0])
     dated = replace(header, shared=replace(header.shared, StudyDate="20210405"))
-    second = replace(study.items[0], path="2.dcm", header=dated)
+    second = study.items[0].but(path="2.dcm", header=dated)
     values = values_of(replace(study, items=(study.items[0], second)), "")
     assert values["StudyDate"] == "20210405"
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from transfer.receipt import PushReport
 
 SPOT = Spot("", "1.2.3")
 A = Item("a.dcm", 100, 1_700_000_000_123_456_789)
-B = replace(A, mtime_ns=A.mtime_ns + 1)
+B = A.but(mtime_ns=A.mtime_ns + 1)
 REJECTED = Outcome(Kind.REJECTED, "C000: no")
 # The tables as they were before they had a version.
 OLD = """
@@ -104,7 +103,7 @@ def test_a_peer_that_knows_instances_by_uid_does_not_confirm_another_content(whe
 
 
 def test_files_of_one_dispatch_that_hold_the_same_instance_do_not_replace_each_other(where: Path | str) -> None:
-    other = replace(B, path="copy.dcm")
+    other = B.but(path="copy.dcm")
     with Ledger(where) as ledger:
         ledger.record("d1", "pacs", "e", other, ALREADY, SPOT)
         ledger.record("d1", "pacs", "e", A, DELIVERED, SPOT, since=float("inf"))
@@ -140,7 +139,7 @@ def test_force_forgets_what_others_brought(where: Path | str) -> None:
 
 
 def test_a_time_in_whole_seconds_proves_nothing_but_a_sum_does(where: Path | str) -> None:
-    coarse = replace(A, mtime_ns=1_700_000_000_000_000_000)
+    coarse = A.but(mtime_ns=1_700_000_000_000_000_000)
     with Ledger(where) as ledger:
         ledger.record("d1", "pacs", "e", coarse, DELIVERED, SPOT)
         ledger.sum_up("e", "d1", [(SPOT, coarse, "5f")])
@@ -149,7 +148,7 @@ def test_a_time_in_whole_seconds_proves_nothing_but_a_sum_does(where: Path | str
             assert confirmed.same(there, item, iter(())) is None
             assert confirmed.same(there, item, iter(("5e",))) is None
             assert confirmed.same(there, item, iter(("5f",)))
-        assert confirmed.same(there, replace(B, size=1), iter(("5f",))) is None
+        assert confirmed.same(there, B.but(size=1), iter(("5f",))) is None
         ledger.record("d2", "pacs", "e", coarse, ALREADY, SPOT)
         assert ledger.confirmed("e", (SPOT,))[SPOT][0].sha256 == "5f"
 
@@ -191,7 +190,7 @@ def test_what_is_recorded_together_is_there_as_a_whole_or_not_at_all(where: Path
         assert not ledger.confirmed("e", (SPOT, Spot("", "2"))) and not ledger.results("d1")
         with ledger.together():
             ledger.record("d1", "pacs", "e", A, DELIVERED, SPOT)
-            ledger.record("d1", "pacs", "e", replace(B, path="b.dcm"), DELIVERED, Spot("", "2"))
+            ledger.record("d1", "pacs", "e", B.but(path="b.dcm"), DELIVERED, Spot("", "2"))
         assert len(ledger.confirmed("e", (SPOT, Spot("", "2")))) == len(ledger.results("d1")["pacs"]) == 2
 
 

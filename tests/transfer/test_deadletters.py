@@ -76,7 +76,7 @@ def test_what_can_not_be_kept_whole_is_not_kept(home: Home, tmp_path: Path) -> N
     plan = scan([str(tmp_path / "study")])
     staged = stage(plan, home.staging / RUN)
     first, second = staged.items
-    for bad in (replace(second, problem="can't be read"), replace(second, in_place=True)):
+    for bad in (second.but(problem="can't be read"), second.but(in_place=True)):
         assert not deadletters.keep(home, RUN, replace(staged, items=(first, bad)), plan.root)
     assert not (home.root / "failed").exists()
 

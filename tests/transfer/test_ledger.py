@@ -98,7 +98,7 @@ def test_which_instances_a_target_has_confirmed_where_it_is(where: Path | str) -
 def test_a_row_is_about_the_file_as_it_was(where: Path | str) -> None:
     with Ledger(where) as ledger:
         ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
-        for changed in (replace(ITEMS[0], size=7), replace(ITEMS[0], mtime_ns=7), replace(ITEMS[0], path="b")):
+        for changed in (ITEMS[0].but(size=7), ITEMS[0].but(mtime_ns=7), ITEMS[0].but(path="b")):
             assert ledger.outcomes("d", "pacs", (changed,)) == {}
         assert ledger.outcomes("d", "pacs", (ITEMS[0],)) == {"a/0.dcm": DELIVERED}
 
@@ -107,7 +107,7 @@ def test_keys_are_the_names_that_are_no_text(where: Path | str, tmp_path: Path) 
     studies.odd_names(tmp_path / "study")
     studies.write(tmp_path / "study" / "new\\nline.dcm", studies.ct_bytes())  # shown naively, it is new<LF>line.dcm
     plan = scan([tmp_path / "study"])
-    same = tuple(replace(item, size=1, mtime_ns=1) for item in plan.items)
+    same = tuple(item.but(size=1, mtime_ns=1) for item in plan.items)
     with Ledger(where) as ledger:
         for item in same[::2]:
             ledger.record("d", "pacs", "e", item, DELIVERED)

@@ -223,7 +223,7 @@ def test_push_reads_in_place_and_rejects_what_changed(harness: Harness, study: P
     plan = replace(
         original,
         root=study / "nothing is there",
-        items=tuple(replace(item, in_place=True) for item in original.items),
+        items=tuple(item.but(in_place=True) for item in original.items),
         in_place=InPlace(study, Sources(original.sources)),
     )
     wanted = {key(harness, item): plan.file(item).read_bytes() for item in plan.items[3:]}
