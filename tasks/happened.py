@@ -28,7 +28,6 @@ from prefect.events import emit_event
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.home import host_name
 from transfer.ledger import Ledger
-from transfer.outcome import Kind
 from transfer.receipt import Receipt, State
 
 PREFIX = "talaria."
@@ -94,7 +93,7 @@ def dispatch_ended(
         "run": run,
     }
     state = str(receipt.state)
-    odd = (item.path for item in receipt.items if item.outcome is not Kind.DELIVERED)
+    odd = (item.path for item in receipt.odd)
     hidden = _hidden(receipt.error or "", paths, islice(odd, MOST_NAMES))
     host = host_name() if ledger.shared else ""
     what = host, run, receipt.target, state, counts, receipt.bytes, receipt.seconds

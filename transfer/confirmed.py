@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from transfer.outcome import ARRIVED, Kind, Outcome
+from transfer.outcome import ARRIVED, Kind, Outcome, outcome_of
 from transfer.plan import Item
 
 TABLES = """
@@ -93,7 +93,7 @@ def find(db: Statements, listed: str, endpoint: str, spots: Iterable[Spot]) -> d
         for name, size, mtime_ns, sha256, outcome, detail in db.execute(
             statement, (endpoint, place, json.dumps(names))
         ):
-            found[Spot(place, name)].append(Confirmation(size, mtime_ns, sha256, Outcome(Kind(outcome), detail)))
+            found[Spot(place, name)].append(Confirmation(size, mtime_ns, sha256, outcome_of(outcome, detail)))
     return found
 
 

@@ -14,6 +14,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from transfer.plan import Item, Plan
 
@@ -129,17 +130,22 @@ def names(plan: Plan, template: str, is_taken: Callable[[str], bool] = lambda fo
     """
     fields = [name for name in fields_of(template) if name != "dispatch_id"]
     nearest = _Nearest(plan) if fields else None
-    values: dict[str, tuple[str, ...]] = {}
+    if nearest is None:
+        [folder] = _folders(template, [{}], plan.dispatch_id, is_taken)
+        return dict.fromkeys((item.path for item in plan.items), folder)
+    found: dict[str, Any] = {}  # by path first the values, then the folder: a second one for 100,000 would be 3 MB
     known: dict[tuple[str, ...], tuple[str, ...]] = {}  # in memory once
     for item in plan.items:
-        source = item if item.header or nearest is None else nearest(item)
-        header = source.header if source else None
+        source = item if item.shared else nearest(item)
+        header = source.shared if source else None
         one = tuple(str(getattr(header, name, "") or "") for name in fields)
-        values[item.path] = known.setdefault(one, one)
+        found[item.path] = known.setdefault(one, one)
     unique = sorted(known)  # a few folders for thousands of items
     made = _folders(template, [dict(zip(fields, one, strict=True)) for one in unique], plan.dispatch_id, is_taken)
     by_values = dict(zip(unique, made, strict=True))
-    return {path: by_values[one] for path, one in values.items()}
+    for path, one in found.items():
+        found[path] = by_values[one]
+    return found
 
 
 def _folders(
@@ -211,7 +217,7 @@ class _Nearest:
         self.first: Item | None = None
         self.by_folder: dict[PurePosixPath, Item] = {}
         for item in plan.items:
-            if item.header:
+            if item.shared:
                 self.first = self.first or item
                 for folder in PurePosixPath(item.path).parents:
                     self.by_folder.setdefault(folder, item)

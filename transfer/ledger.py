@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from transfer.deliveries import Deliveries
 from transfer.happenings import Happenings
 from transfer.held import HeldSlots
 from transfer.messages import Messages
-from transfer.outcome import ARRIVED, Kind, Outcome
+from transfer.outcome import ARRIVED, Kind, Outcome, outcome_of
 from transfer.plan import Item
 from transfer.pruning import prune_confirmed, prune_dispatches, prune_runs
 from transfer.receipt import ItemResult
@@ -184,7 +185,6 @@ class Ledger:
             confirmed.record(self._db, endpoint, spot, dispatch_id, item, outcome, since, self.now(), by_uid=by_uid)
 
     def _record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
-        uid = item.header.SOPInstanceUID if item.header else ""
         with self._db.reading():
             self._db.execute(
                 "INSERT INTO items VALUES (?,?,?,?,?,?,?,?,?,1,?)"
@@ -192,7 +192,7 @@ class Ledger:
                 " endpoint=excluded.endpoint, size=excluded.size, mtime_ns=excluded.mtime_ns,"
                 " sop_instance_uid=excluded.sop_instance_uid, outcome=excluded.outcome, detail=excluded.detail,"
                 " attempts=items.attempts+1, time=excluded.time",
-                (dispatch_id, destination, item.shown, endpoint, item.size, item.mtime_ns, uid,
+                (dispatch_id, destination, item.shown, endpoint, item.size, item.mtime_ns, item.sop_instance_uid,
                  str(outcome.kind), outcome.detail, self.now()),
             )  # fmt: skip
 
@@ -247,20 +247,22 @@ class Ledger:
             endpoint: count only rows about this one; None for any.
             since: count only rows that were written since then, in seconds since the epoch.
         """
+        found = {}
         with self._db.reading():
-            rows = {
-                path: (size, mtime_ns, Outcome(Kind(outcome), detail))
-                for path, size, mtime_ns, outcome, detail in self._db.execute(
+            rows = iter(
+                self._db.execute(
                     "SELECT path, size, mtime_ns, outcome, detail FROM items WHERE dispatch_id=? AND destination=?"
                     " AND endpoint=coalesce(?,endpoint) AND time>=?",
                     (dispatch_id, destination, endpoint, since),
                 )
-            }
-        found = {}
-        for item in items:
-            row = rows.get(item.shown)
-            if row and row[:2] == (item.size, item.mtime_ns):
-                found[item.path] = row[2]
+            )
+            if (first := next(rows, None)) is None:  # as of most dispatches
+                return {}
+            by_name = {item.shown: item for item in items}
+            for path, size, mtime_ns, outcome, detail in chain((first,), rows):
+                item = by_name.get(path)
+                if item and (size, mtime_ns) == (item.size, item.mtime_ns):
+                    found[item.path] = outcome_of(outcome, detail)
         return found
 
     def confirmed_instances(self, uids: Iterable[str], destination: str, endpoint: str) -> set[str]:

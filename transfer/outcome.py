@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 
 
 class Kind(StrEnum):
@@ -40,11 +41,23 @@ class Outcome:
         return self.kind in ARRIVED
 
     @property
+    def again(self) -> Outcome:
+        """What is said of an item that arrived so before; its detail may say that it has another UID there."""
+        return Outcome(Kind.ALREADY, self.detail) if self.detail else ALREADY
+
+    @property
     def elsewhere(self) -> bool:
         """Whether the target has the item under another UID than its own, by which it can't be found there."""
         return self.arrived and self.detail.startswith((ELSEWHERE, NAMELESS))
 
 
+# In memory once, for as many items as have them.
 DELIVERED = Outcome(Kind.DELIVERED)
 ALREADY = Outcome(Kind.ALREADY)
 UNSENT = Outcome(Kind.UNSENT, "no confirmation yet")
+
+
+@lru_cache(maxsize=256)
+def outcome_of(kind: str, detail: str) -> Outcome:
+    """Return the outcome that was kept so; in memory once for all items that have it."""
+    return Outcome(Kind(kind), detail)

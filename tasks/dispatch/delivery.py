@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 from blocks.base import Target
@@ -29,7 +29,7 @@ from transfer.layout import names
 from transfer.ledger import AT, Ledger
 from transfer.outcome import UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ItemResult, Level, PushReport, Receipt, State
+from transfer.receipt import Level, Lines, PushReport, Receipt, State
 
 MAX_ATTEMPTS = 1000  # of one run, also if each of them gets a little further
 GAIN_BYTES = 65_536  # an attempt that moved less of a file has not got further
@@ -373,22 +373,24 @@ class Delivery:
             known = {path: outcome for path, outcome in self.known.glance().items() if outcome.arrived}
             before = frozenset(known)
         before = before or frozenset()
-        rows, size = [], 0
-        for item in self.plan.items:
+        items: Sequence[Item] = self.plan.items
+        outcomes, size = [], 0
+        for item in items:
             outcome = self._reported.get(item.path) or known.get(item.path)
             if outcome and outcome.arrived and item.path in before:
-                outcome = Outcome(Kind.ALREADY, outcome.detail)  # which may say that it has another UID there
+                outcome = outcome.again
             if outcome is None:
                 said = self.quiet.text(self._put_off.get(item.path, ""))
                 outcome = Outcome(Kind.UNSENT, f"{UNSENT.detail}: {said}") if said else UNSENT
             if outcome.kind in (Kind.DELIVERED, Kind.WARNING):
                 size += item.size
-            rows.append(_result(item, outcome))
-        rows += [_result(item, outcome) for item, outcome in self.refused.items()]
-        rows.sort(key=lambda row: row.path)
+            outcomes.append(outcome)
+        if self.refused or any(one > other for one, other in pairwise(item.shown for item in items)):
+            every = chain(zip(items, outcomes, strict=True), self.refused.items())
+            items, outcomes = map(list, zip(*sorted(every, key=_shown), strict=True))
         return Receipt(
             self.target.name,
-            tuple(rows),
+            Lines(items, outcomes),
             size,
             0.0 if self._begun is None else max(0.0, self._ended - self._begun),
             self._last.verified if self._last else Level.ACCEPTED,
@@ -466,7 +468,7 @@ def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outco
             refused[item] = Outcome(Kind.SKIPPED, f"excluded by {target.exclude}")
         elif item.problem:
             refused[item] = Outcome(Kind.REJECTED, item.problem)
-        elif facts.dicom_only and item.header is None:
+        elif facts.dicom_only and item.shared is None:
             refused[item] = Outcome(Kind.REJECTED if item.damaged else Kind.SKIPPED, item.not_sent)
         else:
             wanted.append(item)
@@ -490,6 +492,5 @@ def lacking(refused: dict[Item, Outcome]) -> int:
     return sum(outcome.kind is Kind.REJECTED for outcome in refused.values())
 
 
-def _result(item: Item, outcome: Outcome) -> ItemResult:
-    uid = item.header.SOPInstanceUID if item.header else ""
-    return ItemResult(item.shown, uid, outcome.kind, outcome.detail)
+def _shown(row: tuple[Item, Outcome]) -> str:
+    return row[0].shown

@@ -131,7 +131,7 @@ def unsaid_is_no_failure(run_id: str) -> Iterator[None]:
 def standing(receipt: Receipt) -> Standing:
     """Return a receipt as lists show it, with the reason that most of what is missing has."""
     counts = receipt.counts
-    reasons = Counter(item.detail for item in receipt.items if item.outcome is Kind.REJECTED and item.detail)
+    reasons = Counter(item.detail for item in receipt.of(Kind.REJECTED) if item.detail)
     words = receipt.error or ""
     if not words and reasons:
         reason, count = reasons.most_common(1)[0]

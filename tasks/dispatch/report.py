@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -28,7 +29,7 @@ from transfer.home import Home
 from transfer.ledger import write_whole
 from transfer.live import is_followed_here
 from transfer.outcome import Kind
-from transfer.receipt import ItemResult, Receipt, State
+from transfer.receipt import Receipt, State
 from transfer.receipt import pieces as pieces_of
 
 PROGRESS_S = 5.0  # what takes no longer gets no progress artifact
@@ -167,7 +168,7 @@ async def report(
     await acreate_table_artifact(rows, "receipt", f"dispatch {dispatch_id}: {state}; {links}")
     if studies is not None:
         await acreate_table_artifact(_study_rows(studies), "receipt-studies", _of_studies(studies, links))
-    if outputs or any(receipt.error or receipt.notes or _odd(receipt) for receipt in receipts):
+    if outputs or any(receipt.error or receipt.notes or any(receipt.odd) for receipt in receipts):
         await acreate_markdown_artifact(
             _markdown(dispatch_id, state, receipts, outputs, links),
             "receipt-details",
@@ -218,10 +219,6 @@ def _links(path: Path, flow_run_id: str) -> str:
     return f"all items: `{path}` on the machine that sent them; {shown}"
 
 
-def _odd(receipt: Receipt) -> list[ItemResult]:
-    return [item for item in receipt.items if item.outcome is not Kind.DELIVERED]
-
-
 def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], links: str) -> str:
     lines = [f"# Dispatch `{dispatch_id}`: {state}", "", links, ""]
     for receipt in receipts:
@@ -233,12 +230,13 @@ def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outpu
         ]
         lines += [f"\n**{_plain(receipt.error)}**"] if receipt.error else []
         lines += [f"\n{_plain(note)}" for note in receipt.notes]
-        odd = _odd(receipt)
+        odd = [*islice(receipt.odd, SHOWN_ITEMS)]
+        more = len(receipt.items) - receipt.counts[Kind.DELIVERED] - len(odd)
         if odd:
             lines += ["", "| item | outcome | reason |", "|---|---|---|"]
-            lines += [f"| {_plain(i.path)} | {i.outcome} | {_plain(i.detail)} |" for i in odd[:SHOWN_ITEMS]]
-        if len(odd) > SHOWN_ITEMS:
-            lines += ["", f"… and {len(odd) - SHOWN_ITEMS} more: see the JSON file."]
+            lines += [f"| {_plain(i.path)} | {i.outcome} | {_plain(i.detail)} |" for i in odd]
+        if more:
+            lines += ["", f"… and {more} more: see the JSON file."]
         if outputs.get(receipt.target):
             lines += [
                 "",

@@ -19,6 +19,7 @@ from tasks.retrieve.job import Job, Stage, Study, size_of
 from tasks.retrieve.turn import slots_of
 from transfer import granted, stopping
 from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, NothingCame, Retryable, Unread
+from transfer.outcome import Kind
 from transfer.receipt import PushReport, Receipt, State
 
 R = TypeVar("R")
@@ -250,7 +251,7 @@ class Fetcher:
     def _judge(self, study: Study, folder: Path, receipt: Receipt) -> None:
         study.notes = list(receipt.notes)
         study.instances, study.bytes = size_of(folder)
-        study.missing = receipt.unsent + sum(item.outcome == "rejected" for item in receipt.items)
+        study.missing = receipt.unsent + receipt.counts[Kind.REJECTED]
         if receipt.state is State.DELIVERED:
             study.stage, study.reason = Stage.WHOLE, ""
         elif not self.paused.is_set():
