@@ -31,7 +31,7 @@ def split(written: str) -> tuple[str | None, str]:
     """
     prefix, slash, name = written.strip().rpartition("/")
     if not name:
-        raise Misconfigured(f"{written!r} is not the name of a target")
+        raise Misconfigured(f"{written!r} is not a name")
     return (SLUGS.get(prefix, prefix) if slash else None), name
 
 

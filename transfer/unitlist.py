@@ -142,14 +142,16 @@ def read(path: Path | str) -> Iterator[ListedUnit]:
         NotFound, Denied: as of what is sent. Misconfigured: it is no such list.
     """
     fd = roots.sources().open(path)
-    with open(fd, encoding="ascii", errors="strict") as file:
-        try:
+    try:
+        with open(fd, encoding="ascii", errors="strict", closefd=False) as file:
             for line in file:
                 one = json.loads(line)
                 files = tuple(FileFacts(*facts) for facts in one["files"])
                 yield ListedUnit(str(one["key"]), tuple(map(str, one["paths"])), str(one["within"]), files)
-        except (ValueError, KeyError, TypeError) as exc:
-            raise Misconfigured(f"{path}: is no list of a source's units") from exc
+    except (ValueError, KeyError, TypeError, IsADirectoryError) as exc:
+        raise Misconfigured(f"{path}: is no list of a source's units") from exc
+    finally:
+        os.close(fd)
 
 
 def amend(path: Path, facts: Mapping[str, FileFacts]) -> None:

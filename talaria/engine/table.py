@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -43,7 +45,11 @@ class Flows:
         self._known: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
 
     async def of(self, flow_run: FlowRun) -> Flow[..., Any] | None:
-        """Return the flow to run; if its deployment names none of ours, fail the run and return None."""
+        """Return the flow to run; if its deployment names none of ours, or it can't begin so, fail the run.
+
+        Returns:
+            None for a run that was failed.
+        """
         deployment_id = flow_run.deployment_id
         known = self._known.get(deployment_id) if deployment_id else None
         if known is None or known[0] < time.monotonic() - DEPLOYED_S:
@@ -58,5 +64,18 @@ class Flows:
         if flow is None:
             # To be allowed to create deployments must not mean to run code of one's own on this machine.
             why = f"its deployment's entry point, {entrypoint}, is not one of Talaria's flows"
+        else:  # Prefect would raise outside of the run, which would crash again and again
+            why = _misfit(flow, flow_run.parameters)
+        if why:
             await self._client.set_flow_run_state(flow_run.id, Failed(message=f"Not run: {why}."), force=True)
-        return flow
+        return None if why else flow
+
+
+def _misfit(flow: Flow[..., Any], given: Mapping[str, Any]) -> str:
+    """Return why a flow can't be called with these parameters, in a sentence; "" if it can."""
+    own = inspect.signature(flow.fn).parameters
+    unknown = sorted(given.keys() - own.keys())
+    missing = [name for name, one in own.items() if one.default is one.empty and name not in given]
+    if unknown:
+        return f"{flow.name} has no parameter {', '.join(unknown)}; it has {', '.join(own)}"
+    return f"it needs {', '.join(missing)}" if missing else ""

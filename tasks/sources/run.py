@@ -30,6 +30,7 @@ from prefect.states import Completed, Failed
 
 from blocks import Source, Target
 from tasks.dispatch import running
+from tasks.dispatch.asked import name_run
 from tasks.happened import happened
 from tasks.sources import belonging, checks
 from tasks.sources.runs import PrefectDispatching
@@ -54,6 +55,7 @@ async def sweep(name: str) -> RunState[Any]:
     flow_run = context.flow_run if context else None
     if flow_run is None:
         raise RuntimeError("a sweep runs inside a flow run")
+    await name_run(f"sweep of {name}")
     home = Home.current()
     try:
         with Ledger(home.ledger) as ledger:

@@ -33,3 +33,14 @@ def test_a_deployment_that_names_foreign_code_runs_none_of_it(up: Talaria, tmp_p
         assert "not one of Talaria's flows" in state()["message"]
     assert not made.exists()
     assert up.here("status").returncode == 0  # the worker goes on
+
+
+def test_a_parameter_that_a_flow_has_not_fails_the_run_in_words(up: Talaria) -> None:
+    """It crashed, twenty times: an automation, or a script, with a word that is not written right."""
+    deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
+    asked = {"paths": ["/nowhere"], "targets": ["pacs"], "exlude": "*.png"}
+    run = up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked)["id"]
+    up.until(lambda: up.run(run)["state"]["type"] in ("FAILED", "CRASHED", "COMPLETED"))
+    state = up.run(run)["state"]
+    assert state["type"] == "FAILED"
+    assert state["message"].startswith("Not run: dispatch has no parameter exlude; it has paths, targets, exclude, ")

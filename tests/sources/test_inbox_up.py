@@ -188,6 +188,9 @@ def test_a_schedule_is_prefects_and_what_people_change_of_it_stays(inboxes: Inbo
     inboxes.up.told("source", "resume", "night")
     inboxes.apply(night=night | {"interval_s": 10, "settle_s": 0})
     inboxes.until("night", done=1)  # by the schedule alone
+    of_schedule: Any = {"deployments": {"id": {"any_": [there["id"]]}}}
+    of_schedule["flow_runs"] = {"state": {"type": {"any_": ["COMPLETED"]}}}
+    assert "sweep of night" in {one["name"] for one in inboxes.up.api("POST", "/flow_runs/filter", **of_schedule)}
     inboxes.up.told("source", "remove", "night")
     inboxes.names.remove("night")
     found = inboxes.up.api("POST", "/deployments/filter", deployments={"name": {"any_": ["night"]}})
