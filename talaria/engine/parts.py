@@ -16,7 +16,9 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterParentTaskRunId,
     FlowRunFilterState,
+    FlowRunFilterStateName,
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
@@ -28,7 +30,11 @@ from talaria.engine.heeding import HEED_S, heed_all, is_stop
 from talaria.engine.stray import LATE_S
 from talaria.engine.watch import StateChange
 from tasks.dispatch import running
+from tasks.retrieve.dispatches import RESTS, is_held
 from transfer.ledger import Ledger
+
+# Names of states in which one waits as it is to: for a time that its retrieval knows, or for somebody.
+WAIT = [str(RESTS), running.PAUSED, running.PAUSING]
 
 
 class RetrievalParts:
@@ -70,14 +76,27 @@ class RetrievalParts:
     async def look(self) -> None:
         """Ask the server for what events should have reported."""
         await self._heed([*running.parts()])
-        cancelling = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
         found = await self.client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=[dispatch.name])),
-            flow_run_filter=FlowRunFilter(state=cancelling),
+            flow_run_filter=FlowRunFilter(
+                parent_task_run_id=FlowRunFilterParentTaskRunId(is_null_=False),
+                state=FlowRunFilterState(
+                    type=FlowRunFilterStateType(any_=[StateType.CANCELLING, StateType.RUNNING, StateType.SCHEDULED]),
+                    name=FlowRunFilterStateName(not_any_=WAIT),
+                ),
+            ),
         )
         for one in found:
-            if one.parent_task_run_id is not None and str(one.id) not in running.parts():
+            if one.state is None or str(one.id) in running.parts():
+                continue
+            if one.state.is_cancelling():
                 self._do(self._look_after(StateChange(one.id, "CANCELLING", "Cancelling", "")))
+            elif not is_held(one.state) and not self._is_executed(one.id):
+                self._do(self._goes_on(one.id))
+
+    def _is_executed(self, run_id: UUID) -> bool:
+        owner = self.ledger.runs.owner_of(str(run_id))
+        return bool(owner and self.alive(owner))
 
     async def _heed_soon(self, run_id: str) -> None:
         for seconds in (HEED_S, *LATE_S):
