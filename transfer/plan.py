@@ -363,37 +363,61 @@ def look(paths: Iterable[Path | str], exclude: tuple[str, ...] = ()) -> None:
         NotFound, Denied, Misconfigured: as `scan` does.
     """
     asked = _sources(paths)
-    root = asked[0] if len(asked) == 1 and asked[0].is_dir() else _common_folder(asked)
-    above = len(str(root).rstrip("/")) + 1
-    with Sources(map(str, asked)) as sources:
-        for source in sources.paths:
-            for folder, _, name in files(source, sources, lambda: None):
-                names, path = (*exclude, *OWN_NAMES), f"{folder}/{name}"
-                if not excluded(path[above:], names) and not sources.is_state(path):
-                    return
-        raise Misconfigured(f"nothing to send in {', '.join(sources.paths)}")
+    if not any(has_files(source, asked, exclude) for source in asked):
+        raise Misconfigured(f"nothing to send in {', '.join(map(str, asked))}")
+
+
+def has_files(source: Path, asked: Sequence[Path], exclude: tuple[str, ...] = ()) -> bool:
+    """Return True if one of the paths that are asked for has something to send, by names alone.
+
+    Args:
+        asked: all of them, as `outermost` returns them.
+
+    Raises:
+        Denied: it may not be read.
+    """
+    root = source if len(asked) == 1 and source.is_dir() else _common_folder(asked)
+    above, names = len(str(root).rstrip("/")) + 1, (*exclude, *OWN_NAMES)
+    with Sources([str(source)]) as sources:
+        for folder, _, name in files(str(source), sources, lambda: None):
+            path = f"{folder}/{name}"
+            if not excluded(path[above:], names) and not sources.is_state(path):
+                return True
+    return False
 
 
 def _sources(paths: Iterable[Path | str]) -> list[Path]:
     """Resolve the paths; drop those that lie within another one."""
-    resolved: list[Path] = []
-    for path in paths:
-        if not str(path):
-            raise Misconfigured("an empty path was given to send")
-        roots.sources().check(path)  # before anything says what is there, or where a link leads
-        try:
-            resolved.append(Path(path).resolve(strict=True))
-        except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
-            raise NotFound(f"{path!s}: no such file or folder") from exc
-        except (OSError, RuntimeError) as exc:  # RuntimeError: symbolic links in a circle
-            raise NotFound(f"{path!s}: {getattr(exc, 'strerror', None) or 'symbolic links in a circle'}") from exc
-    if not resolved:
+    found = outermost([source_of(path) for path in paths])
+    if not found:
         raise Misconfigured("no path to send was given")
+    return found
+
+
+def source_of(path: Path | str) -> Path:
+    """Resolve a path that is asked for.
+
+    Raises:
+        NotFound, Denied, Misconfigured: it is not there, or may not be read.
+    """
+    if not str(path):
+        raise Misconfigured("an empty path was given to send")
+    roots.sources().check(path)  # before anything says what is there, or where a link leads
+    try:
+        return Path(path).resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
+        raise NotFound(f"{path!s}: no such file or folder") from exc
+    except (OSError, RuntimeError) as exc:  # RuntimeError: symbolic links in a circle
+        raise NotFound(f"{path!s}: {getattr(exc, 'strerror', None) or 'symbolic links in a circle'}") from exc
+
+
+def outermost(resolved: Iterable[Path]) -> list[Path]:
+    """Return paths without those that lie within another one, in their order."""
     unique = sorted(set(resolved))
     return [p for p in unique if not any(other != p and other in p.parents for other in unique)]
 
 
-def _common_folder(sources: list[Path]) -> Path:
+def _common_folder(sources: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([s.parent for s in sources]))
 
 

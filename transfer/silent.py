@@ -36,7 +36,7 @@ async def looked(look: Callable[[str], R], paths: Iterable[str]) -> dict[str, R]
         found |= answers
         left = left[len(answers) :]
         if left:
-            where = _where(left.pop(0))
+            where = place(left.pop(0))
             _silent[where] = looking
             logger.warning("the file system of %s does not answer: what lies there is not looked at meanwhile", where)
     return found
@@ -90,7 +90,7 @@ def _is_silent(path: str) -> bool:
     return any(_is_below(os.path.abspath(path), where) for where in _silent)
 
 
-def _where(path: str) -> str:
+def place(path: str) -> str:
     """Return where what a path names is mounted, as far as its name says that; its folder, if that is the root."""
     path, found = os.path.abspath(path), "/"
     with suppress(OSError), open(MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:

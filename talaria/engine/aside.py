@@ -9,15 +9,19 @@ import asyncio
 from collections import deque
 from typing import Any
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.states import AwaitingRetry
 
 from talaria.engine import called, hosts
+from talaria.engine.due import come
 from talaria.engine.watch import StateChange
 from tasks.dispatch import asked, waiting
 from tasks.dispatch.waiting import UnreadRest
+from transfer import silent
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -36,7 +40,7 @@ class Aside:
         self.client, self.home, self.ledger = client, home, ledger
         self.runs: set[UUID] = set()
         self._begin: set[UUID] = set()  # those that looked so, and have to begin all the same
-        self._turn = asyncio.Lock()
+        self._turns = WeakValueDictionary[frozenset[str], asyncio.Lock]()  # by where files lie
         self.states = deque[UUID | None](maxlen=STATES)
 
     async def chosen(self, found: list[FlowRun]) -> set[UUID]:
@@ -49,15 +53,22 @@ class Aside:
         return {one.id for one in waiting.may_wait(self.ledger, new)}
 
     async def look(self, flow_run: FlowRun) -> UnreadRest | None:
-        """Return what lets a run rest; None if it has to begin, and needs a place for that."""
-        async with self._turn:
+        """Return what lets a run rest; None if it has to begin, and needs a place for that.
+
+        Those whose files lie in one place are looked at one after another; a share that is silent holds up its own.
+        """
+        where = frozenset(silent.place(str(path)) for path in flow_run.parameters["paths"])
+        async with self._turns.setdefault(where, asyncio.Lock()):
             return await waiting.ahead(self.client, self.home, self.ledger, flow_run.parameters, str(flow_run.id))
 
     async def rest(self, flow_run: FlowRun, rests: UnreadRest) -> State[Any]:
         """Let a run of ours rest; return the state that it has then, which somebody else may have set."""
         if name := asked.name_for(flow_run.name, asked.unplanned([str(one) for one in flow_run.parameters["targets"]])):
             await self.client.update_flow_run(flow_run.id, name=name)
-        state = await asyncio.to_thread(rests.state, self.ledger, str(flow_run.id))
+        run_id = str(flow_run.id)
+        state = await asyncio.to_thread(rests.state, self.ledger, run_id)
+        if await asyncio.to_thread(rests.is_over, self.ledger, run_id):  # since it was looked at
+            state = AwaitingRetry(scheduled_time=come(self.ledger), message=state.message)
         result = await self.client.set_flow_run_state(flow_run.id, state)
         if result.state and result.status is SetStateStatus.ACCEPT:
             self.states.append(result.state.id)

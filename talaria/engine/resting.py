@@ -134,7 +134,8 @@ class Resting:
             run_id = UUID(json.loads(created)["id"])
             with Ledger(self._home.ledger) as ledger:
                 state = await asyncio.to_thread(rests.state, ledger, str(run_id))
-                if await asyncio.to_thread(rests.is_over, ledger):  # meanwhile, and it may not have been called
+                over = await asyncio.to_thread(rests.is_over, ledger, str(run_id))
+                if over:  # meanwhile, and it may not have been called
                     now: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC), message=state.message)
                     await (await self._client()).set_flow_run_state(run_id, now, force=True)
 

@@ -29,6 +29,7 @@ from transfer.waits import AT, Breaker
 
 LIMIT = 5  # failures in a row, of any dispatches
 FIRST_S, LONGEST_S = 1.0, 300.0  # at least, and at most, between two tests; the target's own delays lie between
+QUEUE = "?"  # ends the name of the line in which runs wait for a target to answer
 DEAD = (Unreachable, TimedOut)  # errors that count
 logger = logging.getLogger(__name__)
 
@@ -40,15 +41,15 @@ class _Taken(Exception):
 def read(ledger: Ledger, target: Target) -> Breaker:
     """Return the state of a target's breaker."""
     with suppress(*LOST):
-        return _of(target, ledger.waits.breaker(_key(target)))
-    return Breaker(_key(target), "")
+        return _of(target, ledger.waits.breaker(known_as(target)))
+    return Breaker(known_as(target), "")
 
 
 def every(ledger: Ledger, targets: list[Target]) -> dict[str, Breaker]:
     """Return the state of the breakers of targets, by name."""
     with suppress(*LOST):
         known = ledger.waits.breakers()
-        return {one.name: _of(one, known.get(_key(one))) for one in targets}
+        return {one.name: _of(one, known.get(known_as(one))) for one in targets}
     return {one.name: Breaker(one.name, "") for one in targets}
 
 
@@ -63,7 +64,7 @@ def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str, *,
     try:
         with ledger.together():
             hung = pushed and isinstance(error, TimedOut)
-            one = ledger.waits.count(_key(target), _mark(target), reason, hung=hung)
+            one = ledger.waits.count(known_as(target), _mark(target), reason, hung=hung)
             opens = one.failures >= LIMIT and not one.opened
             if opens:
                 one.opened = one.tested
@@ -75,18 +76,18 @@ def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str, *,
         if opens:
             _say(ledger, target, one, up=False)
     except LOST as exc:
-        logger.warning("that %s does not answer can't be noted: %s", _key(target), exc)
+        logger.warning("that %s does not answer can't be noted: %s", known_as(target), exc)
 
 
 def answered(ledger: Ledger, target: Target) -> None:
     """Note that a target answers; wake what waits for that."""
     try:
-        one = ledger.waits.answers(_key(target))
+        one = ledger.waits.answers(known_as(target))
         if one:
             _say(ledger, target, one, up=True)  # also if it was open before its settings changed
-        line.wake(ledger, queue(target), target.max_dispatches if one and one.opened else 1)
+        line.wake(ledger, queue(target), target.max_dispatches if one else 1)
     except LOST as exc:
-        logger.warning("that %s answers can't be noted: %s", _key(target), exc)
+        logger.warning("that %s answers can't be noted: %s", known_as(target), exc)
 
 
 def reached(ledger: Ledger, target: Target, run: str = "") -> None:
@@ -100,13 +101,13 @@ def reached(ledger: Ledger, target: Target, run: str = "") -> None:
             one = read(ledger, target)
             if one.trial is not None and one.opened:
                 patience = target.connect_timeout_s + 2 * target.idle_timeout_s  # after which it would have hung, too
-                ledger.waits.tries(_key(target), run, ledger.now() + (patience if run else 0.0))
+                ledger.waits.tries(known_as(target), run, ledger.now() + (patience if run else 0.0))
         if one.trial is None:
             answered(ledger, target)
         elif one.opened and not run:
             line.wake(ledger, queue(target))
     except LOST as exc:
-        logger.warning("that %s can be reached can't be noted: %s", _key(target), exc)
+        logger.warning("that %s can be reached can't be noted: %s", known_as(target), exc)
 
 
 def every_of(home: Home, targets: list[Target]) -> dict[str, Breaker]:
@@ -122,13 +123,13 @@ def has_answered(home: Home, target: Target) -> None:
         with Ledger(home.ledger) as ledger:
             reached(ledger, target)
     except LOST as exc:
-        logger.warning("that %s answers can't be noted: %s", _key(target), exc)
+        logger.warning("that %s answers can't be noted: %s", known_as(target), exc)
 
 
 @contextmanager
 def testing(home: Home, ledger: Ledger, target: Target) -> Iterator[bool]:
     """Be the one that tests a target during the block; yields False if another run, of any host, does."""
-    with only_one(home, ledger, f"test {_key(target)}") as mine:
+    with only_one(home, ledger, f"test {known_as(target)}") as mine:
         yield mine
 
 
@@ -153,22 +154,22 @@ def only_one(home: Home, ledger: Ledger, what: str) -> Iterator[bool]:
 
 def queue(target: Target) -> str:
     """Return the name of the line in which runs wait for a target to answer."""
-    return f"{_key(target)}?"
+    return f"{known_as(target)}{QUEUE}"
 
 
-def _key(target: Target) -> str:
+def known_as(target: Target) -> str:
     """Return the name by which what is known of a target, or of one of its nodes, is kept; as people see it, too."""
     return f"{target.name}{AT}{target.node_of}" if target.node_of else target.name
 
 
 def is_queue(name: str) -> bool:
     """Return True if a line is one of those."""
-    return name.endswith("?")
+    return name.endswith(QUEUE)
 
 
 def _of(target: Target, found: Breaker | None) -> Breaker:
     mark = _mark(target)
-    return found if found and found.mark == mark else Breaker(_key(target), mark)
+    return found if found and found.mark == mark else Breaker(known_as(target), mark)
 
 
 def _say(ledger: Ledger, target: Target, one: Breaker, *, up: bool) -> None:

@@ -175,6 +175,18 @@ def rests(ledger: Ledger, run_id: str) -> bool:
     return ledger.rests.of(run_id) is not None
 
 
+def unread(ledger: Ledger, run_id: str) -> dict[str, Left] | None:
+    """Return what a run that has read no files knows of its targets, by name; None for one that has read some."""
+    row = ledger.rests.of(run_id)
+    if row is None:
+        return {}
+    with suppress(ValueError, TypeError, KeyError):
+        kept = json.loads(row[1])
+        if kept.get("unread"):
+            return {name: Left(**one) for name, one in kept["left"].items()}
+    return None
+
+
 def forget(ledger: Ledger, run_id: str) -> None:
     """Remove what a run has left behind: it is over, or begins anew."""
     ledger.rests.forget(run_id)

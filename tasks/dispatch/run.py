@@ -21,28 +21,26 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import NO_ORIGIN, Target
 from tasks import DRIVERS
-from tasks.dispatch import audited, breaker, line, rest, running, waiting
+from tasks.dispatch import audited, line, rest, running, waiting
 from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import LeftToAnother, Paused, knows, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows, studies_of
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.leaving import is_left
+from tasks.dispatch.looks import Looks
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
-from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
+from tasks.dispatch.push import failure_of, hook_task, push_task
 from tasks.dispatch.report import pieces, progress_shown, report
-from tasks.dispatch.rest import Left, Wait
-from tasks.dispatch.slots import NoSlot, slots
+from tasks.dispatch.slots import NoSlot
 from tasks.dispatch.stage import Staged, keep_files, stage_files
 from tasks.dispatch.stoppable import GRACE_S, stoppable
-from tasks.dispatch.waiting import others_stand_in_line as others_stand
-from tasks.quiet import Quiet
 from tasks.targets import check_destination
 from transfer import deadletters
 from transfer import live as shown
-from transfer.errors import Busy, DiskFull, DispatchError, LedgerAway, Unreachable
 from transfer.errors import Cancelled as DispatchCancelled
+from transfer.errors import DispatchError, LedgerAway
 from transfer.globs import patterns
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -52,8 +50,6 @@ from transfer.staging import Way, discard
 from transfer.studies import Each
 
 R = TypeVar("R")
-SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
-TESTED = (*breaker.DEAD, Busy, DiskFull)  # after one of these a target is tested before its files are read again
 
 
 class Dispatch:
@@ -71,7 +67,6 @@ class Dispatch:
         origin: Origin = NO_ORIGIN,
     ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
-        self.priority, self.origin = priority, origin
         self.who = ""  # who asked for it, for the audit trail
         self.live, self.naming = shown_live, naming
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
@@ -79,20 +74,13 @@ class Dispatch:
         self.deliveries: list[Delivery] = []
         self.studies: Studies | None = None  # of a flood
         self.staged: Staged | None = None  # of any other
-        self.rest, self.in_line = rest.Rest(), line.stands(flow_run_id)
-        self.waits: dict[str, Wait] = {}  # by target
+        in_line = line.stands(flow_run_id)
+        self.looks = Looks(flow_run_id, home, ledger, in_line, priority, origin)
         self.left = False  # whether it was told to stop only because its process ends
-        self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
-        self._failed: dict[str, tuple[str, bool]] = {}  # targets that a test found dead: why, whether it was the last
-
-    def _left(self, target: Target) -> Left:
-        return self.rest.left.setdefault(target.name, Left())
 
     @property
     def _open(self) -> list[Target]:
-        """The targets for which something is left to do in this part."""
-        waiting = {*self.waits, *self._failed}
-        return [one for one in self.targets if not self._left(one).ended and one.name not in waiting]
+        return self.looks.open(self.targets)
 
     async def goes_on(self, paths: list[str], exclude: str, each: str) -> bool:
         """Return True if there is something to do; False if the run must wait, or is over.
@@ -103,12 +91,12 @@ class Dispatch:
         Raises:
             NotFound, Denied, Misconfigured: there is nothing to send.
         """
-        if self._is_new and (each or running.whole() or not line.may_rest() or _shows_its_plan()):
+        if self.looks.is_new and (each or running.whole() or not line.may_rest() or _shows_its_plan()):
             return True
         try:
-            looks = asyncio.gather(*(self._look(target) for target in self._open))
+            looks = asyncio.gather(*(self.looks.look(target) for target in self._open))
             await self._stoppable(looks, idle=lambda: True)
-            if self._is_new and not self._open:
+            if self.looks.is_new and not self._open:
                 await self._readable(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
@@ -118,106 +106,7 @@ class Dispatch:
             return True
         if self.cancelled.is_set() or self.paused.is_set():  # a short look ends before it is told
             raise await self._stopped_early("waited")
-        return self._is_new and any(last for _, last in self._failed.values())  # for the receipts
-
-    @property
-    def _is_new(self) -> bool:
-        """Whether the run has read no files yet."""
-        return not self.rest.document
-
-    async def _look(self, target: Target) -> None:
-        """Look whether a run may push to a target; one that comes back tests it, or takes a slot of it."""
-        left, name, node = self._left(target), target.name, target.at(self.origin)
-        what = self.ledger, target, self.in_line, self.priority, left
-        if opening := waiting.for_its_hours(*what, rested=self.rest.kept):
-            self.waits[name] = opening
-        elif (self.rest.document or line.may_rest()) and await self._is_dead(node):
-            return
-        elif left.again > time.time():
-            self.waits[name] = rest.next_attempt(target.name, left.again, left.hook_tries)
-        elif left.error in [one.__name__ for one in TESTED] and (error := await self._tested(node)):
-            self._count(target, error)
-        elif left.since:
-            try:
-                self._held[name] = await patiently(lambda: self._slot(target))
-            except NoSlot:
-                self._stand_in_line(target)
-        elif self._is_new and line.may_rest() and others_stand(self.ledger, target, self.in_line, self.priority):
-            self._stand_in_line(target)
-
-    async def _is_dead(self, target: Target) -> bool:
-        """Return True if a target's breaker is open: the run waits for it then, and has tested it if it was time."""
-        one = await asyncio.to_thread(breaker.read, self.ledger, target)
-        if not one.opened or one.trial == self.flow_run_id:
-            return False
-        left, pause_s = self._left(target), breaker.FIRST_S
-        if one.until <= self.ledger.now():
-            with breaker.testing(self.home, self.ledger, target) as mine:
-                if not mine:  # whoever tests it wakes us if it answers
-                    pause_s = min(target.idle_timeout_s, breaker.LONGEST_S)
-                elif breaker.read(self.ledger, target).until <= self.ledger.now() and not await self._tested(target):
-                    return False
-        one = await asyncio.to_thread(breaker.read, self.ledger, target)
-        if not one.opened:
-            return False
-        if not left.tried:  # it has just come: tests from now on are attempts of its own
-            left.tried = self.ledger.now()
-        elif one.tested > left.tried:
-            self._count(target, Unreachable(one.reason))
-            if target.name not in self.waits:
-                return True
-        what = self.ledger, target, self.in_line, self.priority, left, one, pause_s
-        self.waits[target.name] = waiting.for_an_answer(*what)
-        return True
-
-    async def _tested(self, target: Target) -> DispatchError | None:
-        """Test a target; return the error that keeps it from being reached, None if a push may do better."""
-        try:
-            error = (await asyncio.to_thread(DRIVERS.of(target).check, target)).error
-        except DispatchError as exc:
-            error = exc
-        if not isinstance(error, breaker.DEAD):
-            await asyncio.to_thread(breaker.reached, self.ledger, target, self.flow_run_id)
-            return error if isinstance(error, Busy) else None
-        words = Quiet(target).text(error.message)
-        await asyncio.to_thread(breaker.failed, self.ledger, target, error, words)
-        return error
-
-    def _count(self, target: Target, error: DispatchError) -> None:
-        """Count a test as a failed attempt, without files."""
-        left = self._left(target)
-        left.attempts, left.futile, left.tried = left.attempts + 1, left.futile + 1, self.ledger.now()
-        left.error, words = type(error).__name__, " ".join(Quiet(target).text(error.message).split())
-        possible = left.attempts - left.futile + target.max_attempts
-        left.failures.append(f"attempt {left.attempts} of {possible} failed: {words}")
-        get_run_logger().warning("%s: %s", target.name, left.failures[-1])
-        self._failed[target.name] = words, left.futile >= target.max_attempts
-        if left.futile < target.max_attempts:
-            left.again = time.time() + delay_before(left.futile + 1, target, error)
-            self.waits[target.name] = rest.next_attempt(target.name, left.again)
-
-    def _stand_in_line(self, target: Target) -> None:
-        left = self._left(target)
-        self.waits[target.name] = waiting.for_a_slot(self.ledger, target, self.in_line, self.priority, left)
-
-    async def _slot(self, target: Target) -> AsyncExitStack:
-        """Take a slot of a target: at once or soon where a run can rest, else as soon as there is one.
-
-        Raises:
-            NoSlot: there is none, or others wait for one.
-        """
-        left, wait_s = self._left(target), None
-        if line.may_rest():
-            turn = line.turn(left.since or self.ledger.now(), self.priority)
-            if self.ledger.waits.before(target.name, self.in_line, turn):
-                raise NoSlot(target.name)
-            wait_s = 0.0 if left.since else SLOT_S
-        async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(get_client())
-            await stack.enter_async_context(slots(client, target, 1, wait_s, self.ledger, self.in_line))
-            self.ledger.waits.leave(target.name, self.in_line)
-            left.since = 0.0
-            return stack.pop_all()
+        return self.looks.is_new and any(last for _, last in self.looks.failed.values())  # for the receipts
 
     async def stage(
         self, paths: list[str], exclude: str, origin: Origin, copy_first: bool = False, each: str = ""
@@ -252,14 +141,14 @@ class Dispatch:
         Returns:
             The receipts of the targets for which something was to be done.
         """
-        left = [one for one in self.targets if not self._left(one).ended] if self._is_new else self._open
+        left = [one for one in self.targets if not self.looks.left(one).ended] if self.looks.is_new else self._open
         self.deliveries = [self._delivery(target, plan, force) for target in left]
         for delivery in self.deliveries:
             delivery.may_rest = line.may_rest()
-            await asyncio.to_thread(delivery.resume, self._left(delivery.target))
+            await asyncio.to_thread(delivery.resume, self.looks.left(delivery.target))
         before = [delivery.attempts for delivery in self.deliveries]
         naming = asyncio.create_task(self._name(plan))
-        artifacts = {name: UUID(one) for name, one in self.rest.artifacts.items()}
+        artifacts = {name: UUID(one) for name, one in self.looks.rest.artifacts.items()}
         async with progress_shown(self.deliveries, self.live, artifacts):
             try:
                 await asyncio.gather(*(self._deliver(delivery) for delivery in self.deliveries))
@@ -269,7 +158,7 @@ class Dispatch:
                 self.left = not self.paused.is_set() and await is_left(self.flow_run_id)
                 for delivery in filter(lambda one: one.stopped, self.deliveries):
                     delivery.stopped = State.WAITING if self.left or self.paused.is_set() else State.CANCELLED
-        self.rest.artifacts = {name: str(one) for name, one in artifacts.items()}
+        self.looks.rest.artifacts = {name: str(one) for name, one in artifacts.items()}
         receipts = [delivery.receipt() for delivery in self.deliveries]
         for delivery, receipt, attempts in zip(self.deliveries, receipts, before, strict=True):
             if delivery.attempts > attempts:
@@ -280,7 +169,7 @@ class Dispatch:
         driver, where, paused = DRIVERS.of(target), (self.ledger, self.home, self.cancelled), self.paused
         if self.studies is None:
             return Delivery(driver, target, plan, *where, paused=paused, force=force)
-        self.studies.plan, run = plan, (self.flow_run_id, self.who, self.rest.studies(target.name))
+        self.studies.plan, run = plan, (self.flow_run_id, self.who, self.looks.rest.studies(target.name))
         return Flood(driver, target, self.studies, *where, *run, paused=paused, force=force)
 
     async def _name(self, plan: Plan) -> None:
@@ -294,14 +183,14 @@ class Dispatch:
 
     async def _deliver(self, delivery: Delivery) -> None:
         target, logger = delivery.target, get_run_logger()
-        known = {*self.waits, *self._failed, *self._held}
-        if self._is_new and target.name not in known:  # once more, since it has read its files meanwhile
-            await self._look(target)
-        if target.name in self.waits:
+        known = {*self.looks.waits, *self.looks.failed, *self.looks.held}
+        if self.looks.is_new and target.name not in known:  # once more, since it has read its files meanwhile
+            await self.looks.look(target)
+        if target.name in self.looks.waits:
             delivery.stopped = State.WAITING
-            logger.info("%s: waits until %s", target.name, self.waits[target.name].until.isoformat())
+            logger.info("%s: waits until %s", target.name, self.looks.waits[target.name].until.isoformat())
             return
-        if target.name in self._failed:
+        if target.name in self.looks.failed:
             return
         began = delivery.attempts
         try:
@@ -316,16 +205,16 @@ class Dispatch:
                 await self._stoppable(hook_task(delivery)(delivery))
         except NoSlot:
             delivery.stopped = State.WAITING
-            self._stand_in_line(target)
+            self.looks.stand_in_line(target)
         except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
             if delivery.again and not self.cancelled.is_set():
                 delivery.stopped = State.WAITING
-                self.waits[target.name] = rest.next_attempt(
+                self.looks.waits[target.name] = rest.next_attempt(
                     target.name, delivery.again.timestamp(), delivery.hook_tries
                 )
                 return
             if isinstance(exc, LedgerAway) and line.may_rest() and not self.cancelled.is_set():
-                delivery.stopped, self.waits[target.name] = State.WAITING, rest.for_the_ledger()
+                delivery.stopped, self.looks.waits[target.name] = State.WAITING, rest.for_the_ledger()
                 return
             whole = is_outage(exc) and delivery.receipt().state is State.DELIVERED
             if whole or (delivery.hook == "failed" and not delivery.stopped):
@@ -342,7 +231,7 @@ class Dispatch:
 
     async def _push(self, delivery: Delivery) -> None:
         """Push as soon as the target's concurrency limit has room, and hold a slot of it while the push runs."""
-        async with self._held.pop(delivery.target.name, None) or await self._slot(delivery.target):
+        async with self.looks.held.pop(delivery.target.name, None) or await self.looks.slot(delivery.target):
             # Beside the push, which doesn't wait for the trail's disk.
             begun = asyncio.create_task(
                 asyncio.to_thread(audited.delivery_begins, delivery, self.flow_run_id, self.who)
@@ -374,38 +263,38 @@ class Dispatch:
             new: the receipts of this part.
         """
         running.still_ours(self.flow_run_id)
-        if not dispatch_id and self._is_new:
-            return waiting.unread(self.home, self.ledger, self.flow_run_id, self.rest, self.waits)
-        self.rest.unread = False
-        dispatch_id = dispatch_id or str(self.rest.document["dispatch_id"])
+        if not dispatch_id and self.looks.is_new:
+            return waiting.unread(self.home, self.ledger, self.flow_run_id, self.looks.rest, self.looks.waits)
+        self.looks.rest.unread = False
+        dispatch_id = dispatch_id or str(self.looks.rest.document["dispatch_id"])
         receipts = self._receipts(new)
         state = overall([receipt.state for receipt in receipts])
         outputs = {d.target.name: f"{d.hook_result}\n{d.hook_output}" for d in self.deliveries if d.hook_result}
-        rests = bool(self.waits) and not self.cancelled.is_set()
-        if new or self._failed:
-            brief = rests and bool(self.rest.document)
-            studies = self.rest.document.get("studies")
+        rests = bool(self.looks.waits) and not self.cancelled.is_set()
+        if new or self.looks.failed:
+            brief = rests and bool(self.looks.rest.document)
+            studies = self.looks.rest.document.get("studies")
             if self.studies is not None:
                 studies = rows(self.studies, self.deliveries, studies or ())
             what = self.home, dispatch_id, self.flow_run_id, state, receipts, outputs
             await patiently(lambda: report(*what, brief=brief, studies=studies))
-            said = self.ledger, dispatch_id, receipts, self.deliveries, self._failed
+            said = self.ledger, dispatch_id, receipts, self.deliveries, self.looks.failed
             await asyncio.to_thread(say_ended, *said)
         message = "; ".join(sentence(receipt) for receipt in receipts)
         if rests and line.may_rest():
             for delivery in self.deliveries:
                 name = delivery.target.name
-                self.rest.left[name] = delivery.leave(self._left(delivery.target))
-            await asyncio.to_thread(rest.save, self.home, self.ledger, self.flow_run_id, self.rest)
-        elif self.rest.kept and not self.left:
+                self.looks.rest.left[name] = delivery.leave(self.looks.left(delivery.target))
+            await asyncio.to_thread(rest.save, self.home, self.ledger, self.flow_run_id, self.looks.rest)
+        elif self.looks.rest.kept and not self.left:
             await asyncio.to_thread(rest.forget, self.ledger, self.flow_run_id)
         if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):
             return running.paused(message)
         if self.left and any(delivery.stopped for delivery in self.deliveries):
             return Cancelled(message=message)  # of which the engine makes that it goes on
         if rests:
-            first = min(wait.until for wait in self.waits.values())
-            return AwaitingRetry(scheduled_time=first, message=rest.message(self.waits.values(), message))
+            first = min(wait.until for wait in self.looks.waits.values())
+            return AwaitingRetry(scheduled_time=first, message=rest.message(self.looks.waits.values(), message))
         staged = self.staged, self.staging, self.cancelled
         unsent = any(one.unsent for one in receipts)
         try:  # it may read the source once more
@@ -421,11 +310,11 @@ class Dispatch:
     def _receipts(self, new: Sequence[Receipt]) -> list[Receipt]:
         """Return the receipt of every target: of this part, or of the last one that had to do with it."""
         found = {receipt.target: receipt for receipt in new}
-        for name, one in self.rest.document.get("targets", {}).items() if self.rest.document else ():
+        for name, one in self.looks.rest.document.get("targets", {}).items() if self.looks.rest.document else ():
             if name not in found:
                 found[name] = Receipt.from_json(name, one)
-        for name, (why, last) in self._failed.items():
-            left = self.rest.left[name]
+        for name, (why, last) in self.looks.failed.items():
+            left = self.looks.rest.left[name]
             found[name] = replace(
                 found[name],
                 attempts=left.attempts,
@@ -435,11 +324,6 @@ class Dispatch:
                 seconds=max(0.0, time.time() - left.begun) if left.begun else found[name].seconds,
             )
         return [found[target.name] for target in self.targets if target.name in found]
-
-    async def release(self) -> None:
-        """Give back what was taken and not used."""
-        while self._held:
-            await self._held.popitem()[1].aclose()
 
 
 @asynccontextmanager
@@ -467,8 +351,8 @@ async def dispatching(targets: list[str], priority: str, naming: Naming, origin:
         stack.callback(running.forget, flow_run_id)
         shown_live = await stack.enter_async_context(live(home, flow_run_id))
         dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority, origin)
-        stack.push_async_callback(dispatch.release)
-        dispatch.rest = await patiently(lambda: rest.load(home, ledger, flow_run, [one.name for one in chosen]))
+        stack.push_async_callback(dispatch.looks.release)
+        dispatch.looks.rest = await patiently(lambda: rest.load(home, ledger, flow_run, [one.name for one in chosen]))
         dispatch.who = audited.requester(flow_run)
         # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.
         owner = ledger.runs.owner_of(running.whole())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from prefect.client.orchestration import PrefectClient
@@ -34,6 +34,7 @@ TURNS_S = 600.0  # and at most after this
 DISABLED_S = 600.0  # after which a run looks again by itself whether a target is enabled
 AFTER_S = 2.0  # and so much later for each that stands in line before it
 LONGEST_S = 3600.0  # and at most after this
+TEST_S = 60.0  # after which a run looks again whether a target passes a test, if nobody calls it
 APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 UNREAD = "its files have not been read yet"
 
@@ -77,12 +78,16 @@ def to_be_enabled(ledger: Ledger, target: Target, run_id: str, priority: str, le
 
     It is called when the target is enabled, wherever that is done. If not, a target that is disabled for long, and for
     which hundreds wait, has a run come back every few seconds.
+
+    Args:
+        run_id: "" for one that has yet to be created.
     """
     left.since = left.since or ledger.now()  # its turn for a slot, too
     turn, queue = line.turn(left.since, priority), line.to_be_enabled(target.name)
     before = ledger.waits.before(queue, run_id, turn)
     until = ledger.now() + min(LONGEST_S, DISABLED_S + before * AFTER_S)
-    ledger.waits.join(queue, run_id, turn, until)
+    if run_id:
+        ledger.waits.join(queue, run_id, turn, until)
     return Wait(datetime.fromtimestamp(until, UTC), f"{target.name} to be enabled", soon=False)
 
 
@@ -126,9 +131,32 @@ def for_an_answer(
     return Wait(datetime.fromtimestamp(until, UTC), what)
 
 
-def others_stand_in_line(ledger: Ledger, target: Target, run_id: str, priority: str) -> bool:
-    """Return True if others wait for a slot of a target whom a run that has just come must not overtake."""
-    return ledger.waits.before(target.name, run_id, line.turn(ledger.now(), priority)) > 0
+def for_a_test(ledger: Ledger, target: Target, run_id: str, priority: str, left: Left) -> Wait:
+    """Let a run stand in line until another one has tested a target that has failed lately; return what it waits for.
+
+    Args:
+        run_id: "" for one that has yet to be created.
+    """
+    left.since = left.since or ledger.now()  # its turn for a slot, too
+    turn, queue = line.turn(left.since, priority), breaker.queue(target)
+    until = ledger.now() + TEST_S + ledger.waits.before(queue, run_id, turn) * APART_S
+    if run_id:
+        ledger.waits.join(queue, run_id, turn, until)
+    return Wait(datetime.fromtimestamp(until, UTC), f"{breaker.known_as(target)} to answer a test")
+
+
+def others_stand_in_line(ledger: Ledger, target: Target, run_id: str, priority: str, since: float = 0.0) -> bool:
+    """Return True if others wait for a slot of a target whom a run must not overtake.
+
+    Args:
+        since: when the run began to wait; 0 if it has just come.
+    """
+    return ledger.waits.before(target.name, run_id, line.turn(since or ledger.now(), priority)) > 0
+
+
+def others_are_to_test(ledger: Ledger, target: Target, run_id: str, priority: str, since: float = 0.0) -> bool:
+    """Return True if others wait for a target to answer whom a run must not overtake, one of which tests it."""
+    return ledger.waits.before(breaker.queue(target), run_id, line.turn(since or ledger.now(), priority)) > 0
 
 
 def can_be_read(home: Home, run_id: str, paths: list[str], exclude: str) -> None:
@@ -141,6 +169,20 @@ def can_be_read(home: Home, run_id: str, paths: list[str], exclude: str) -> None
         NotFound, Denied, Misconfigured: as `scan` does.
     """
     plan.look(deadletters.instead(home, run_id, paths) if run_id else paths, patterns(exclude))
+
+
+async def something_can_be_read(paths: Sequence[str], exclude: str) -> bool:
+    """Return the same of a run that has never begun; False also where a file system does not answer.
+
+    Raises:
+        NotFound, Denied, Misconfigured: as `scan` does.
+    """
+    real = await looked(plan.source_of, paths)
+    if len(real) < len({*paths}):
+        return False
+    asked = plan.outermost(real.values())
+    found = await looked(lambda one: plan.has_files(Path(one), asked, patterns(exclude)), map(str, asked))
+    return len(found) == len(asked) and any(found.values())
 
 
 def unread(home: Home, ledger: Ledger, run_id: str, left: Rest, waits: dict[str, Wait]) -> State[Any]:
@@ -157,9 +199,10 @@ def unread(home: Home, ledger: Ledger, run_id: str, left: Rest, waits: dict[str,
 
 def untried(ledger: Ledger) -> set[str]:
     """Return the names of the targets that can't be tried now, or have others in line, and of lines besides."""
-    now = ledger.now()
-    dead = {name for name, one in ledger.waits.breakers().items() if one.opened and one.until > now}
-    return dead | ledger.waits.lines()
+    now, lines = ledger.now(), ledger.waits.lines()
+    known = ledger.waits.breakers().items()
+    dead = {name for name, one in known if (one.until > now if one.opened else f"{name}{breaker.QUEUE}" in lines)}
+    return dead | lines | {*line.disabled(lines)}
 
 
 def may_rest(asked: Mapping[str, Any], known: Collection[str]) -> bool:
@@ -171,20 +214,30 @@ def may_rest(asked: Mapping[str, Any], known: Collection[str]) -> bool:
 
 
 def may_wait(ledger: Ledger, found: Sequence[FlowRun]) -> list[FlowRun]:
-    """Return those of some runs that have just come, to targets that can't be tried now, as far as names say that."""
+    """Return those of some runs that have never begun, to targets that can't be tried now, as far as names say that.
+
+    What rests, and is called, is not among them: there may be what it waits for.
+    """
     new = [one for one in found if not one.run_count and not one.labels.get(shown.SHOW_PLAN)]
     known = untried(ledger) if new else ()
-    return [one for one in new if may_rest(one.parameters, known) and not rest.rests(ledger, str(one.id))]
+    new = [one for one in new if may_rest(one.parameters, known)]
+    called = {*ledger.waits.unheard(0.0)} if new else ()
+    return [one for one in new if str(one.id) not in called]
 
 
 @dataclass(frozen=True)
 class UnreadRest:
-    """What lets a run rest before its files are read: the targets that it waits for, and the breakers of those."""
+    """What lets a run rest before its files are read: the targets that it waits for, and the breakers of those.
+
+    Attributes:
+        left: what is known of each target; none for a run that has just come.
+    """
 
     home: Home
     targets: Sequence[Target]
     breakers: Mapping[str, Breaker]
     priority: str
+    left: dict[str, Left]
 
     def state(self, ledger: Ledger, run_id: str = "") -> State[Any]:
         """Return the state of a run that waits, and note what for, so that it is called.
@@ -192,21 +245,27 @@ class UnreadRest:
         Args:
             run_id: "" for one that has yet to be created, of which nothing can be noted.
         """
-        left, waits = Rest(), dict[str, Wait]()
-        for target in self.targets:
-            mine, one = left.left.setdefault(target.name, Left()), self.breakers[target.name]
-            what = ledger, target, run_id, self.priority, mine
-            if one.opened:
-                mine.tried = ledger.now()
-                waits[target.name] = for_an_answer(*what, one, breaker.FIRST_S)
-            else:
-                waits[target.name] = for_a_slot(*what)
-        return unread(self.home, ledger, run_id, left, waits)
+        with ledger.together() if run_id else nullcontext():
+            waits = {target.name: self._wait(ledger, target, run_id) for target in self.targets}
+            return unread(self.home, ledger, run_id, Rest(left=self.left), waits)
 
-    def is_over(self, ledger: Ledger) -> bool:
-        """Return True if one of the targets answers again that did not."""
+    def _wait(self, ledger: Ledger, target: Target, run_id: str) -> Wait:
+        left, one = self.left.setdefault(target.name, Left()), self.breakers[target.name]
+        what = ledger, target, run_id, self.priority
+        if not target.enabled:
+            return to_be_enabled(*what, left)
+        if one.opened:
+            left.tried = left.tried or ledger.now()
+            return for_an_answer(*what, left, one, breaker.FIRST_S)
+        if one.failures and others_are_to_test(*what, left.since):
+            return for_a_test(*what, left)
+        return for_a_slot(*what, left)
+
+    def is_over(self, ledger: Ledger, run_id: str) -> bool:
+        """Return True if a run that has begun to wait may have been called before that: it has to look again."""
         now = breaker.every(ledger, [*self.targets])
-        return any(one.opened and not now[name].opened for name, one in self.breakers.items())
+        what = run_id, self.priority
+        return not all(_keeps_waiting(ledger, one, now[one.name], *what, self.left[one.name]) for one in self.targets)
 
 
 async def ahead(
@@ -217,7 +276,7 @@ async def ahead(
     run_id: str = "",
     mark: Callable[[], str] | None = None,
 ) -> UnreadRest | None:
-    """Return what lets a run rest that has just come; None if it has to begin, if only to be refused.
+    """Return what lets a run rest that has just come, or comes back; None if it has to begin, if only to be refused.
 
     Args:
         asked: its parameters.
@@ -226,19 +285,29 @@ async def ahead(
     """
     priority = str(asked.get("priority") or "normal")
     try:
+        left = rest.unread(ledger, run_id) if run_id else {}
         targets = await loaded(client, [str(one) for one in asked["targets"]], mark)
-        if not all(target.enabled and target.stores for target in targets):  # to be refused
+        if left is None or not all(target.stores for target in targets):  # it has begun, or is to be refused
             return None
-        paths = [str(one) for one in asked["paths"]]
-        if len(await looked(os.path.lexists, paths)) < len({*paths}):
+        if not await something_can_be_read([str(one) for one in asked["paths"]], str(asked.get("exclude") or "")):
             return None
-        await asyncio.to_thread(can_be_read, home, run_id, paths, str(asked.get("exclude") or ""))
-        breakers, now = breaker.every(ledger, targets), ledger.now()
+        breakers = breaker.every(ledger, targets)
         for target in targets:
-            one = breakers[target.name]
-            if (one.opened and one.until > now) or others_stand_in_line(ledger, target, run_id, priority):
-                continue
-            return None
+            mine = left.get(target.name, Left())
+            if not _keeps_waiting(ledger, target, breakers[target.name], run_id, priority, mine):
+                return None
     except LOST:
         return None
-    return UnreadRest(home, targets, breakers, priority)
+    return UnreadRest(home, targets, breakers, priority, left)
+
+
+def _keeps_waiting(ledger: Ledger, target: Target, one: Breaker, run_id: str, priority: str, left: Left) -> bool:
+    """Return True if nothing can be done for a target, not even a test of it be counted."""
+    if left.attempts or left.again:
+        return False
+    if not target.enabled:
+        return True
+    if one.opened:
+        return one.until > ledger.now() and not (left.tried and one.tested > left.tried)
+    what = ledger, target, run_id, priority, left.since
+    return bool(one.failures and others_are_to_test(*what)) or others_stand_in_line(*what)

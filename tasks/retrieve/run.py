@@ -27,11 +27,11 @@ from blocks.dicom import DicomTarget
 from tasks.dispatch import audited, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.leaving import is_left
+from tasks.dispatch.looks import SLOT_S
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
 from tasks.dispatch.rest import Wait
-from tasks.dispatch.run import SLOT_S
 from tasks.dispatch.slots import NoSlot
 from tasks.dispatch.stoppable import LOOK_S, stoppable
 from tasks.retrieve.dispatches import HELD, end_waiting, held_until, is_held

@@ -9,8 +9,8 @@ from prefect import get_client
 
 from blocks.base import Target
 from tasks.dispatch import line
+from tasks.dispatch.looks import SLOT_S
 from tasks.dispatch.rest import Wait
-from tasks.dispatch.run import SLOT_S
 from tasks.dispatch.slots import NoSlot, slots
 from tasks.dispatch.waiting import TURN_S, TURNS_S, by_itself, for_its_hours
 from tasks.retrieve.job import Job

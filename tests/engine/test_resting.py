@@ -22,7 +22,7 @@ from talaria.engine import resting
 from talaria.engine.asgi import Message
 from talaria.engine.resting import Resting, expect_what_rests_now
 from talaria.testing import studies
-from tasks.dispatch import breaker, waiting
+from tasks.dispatch import breaker, line, waiting
 from transfer import live
 from transfer.errors import Unreachable
 from transfer.home import Home
@@ -142,9 +142,42 @@ def test_what_a_worker_has_to_look_at_is_created_as_it_was_asked_for(server: Ser
         assert server.created(body) == body, body
     server.entrypoint = "flows.retrieve:retrieve"
     assert server.created(asked(tmp_path)) == asked(tmp_path)
-    server.entrypoint = "flows.dispatch:dispatch"
+
+
+def test_what_waits_for_a_disabled_target_behind_others_is_created_so(server: Server, tmp_path: Path) -> None:
+    """Each took a place of the worker once, only to find that."""
     server.target = server.target.model_copy(update={"enabled": False}).named("away")
-    assert server.created(asked(tmp_path)) == asked(tmp_path)
+    assert server.created(asked(tmp_path)) == asked(tmp_path)  # the first one finds it out
+    queue, first = line.to_be_enabled("away"), str(uuid4())
+    with Ledger(server.home.ledger) as ledger:
+        ledger.waits.join(queue, first, ledger.now(), ledger.now() + 600)
+        state = server.created(asked(tmp_path))["state"]
+        assert state["name"] == "AwaitingRetry" and "away to be enabled; its files" in state["message"]
+        assert ledger.waits.call(queue, 5) == [first, server.run_id]
+    assert not server.forced
+
+
+def test_what_comes_while_a_target_that_failed_is_tested_is_created_resting(server: Server, tmp_path: Path) -> None:
+    """Else each would read its files, and wait for as long as it takes to be refused or hung up on."""
+    with Ledger(server.home.ledger) as ledger:
+        breaker.failed(ledger, server.target, Unreachable("no route"), "no route")
+        assert server.created(asked(tmp_path)) == asked(tmp_path)  # nobody tests it: a worker has to
+        queue, tester = breaker.queue(server.target), str(uuid4())
+        ledger.waits.join(queue, tester, ledger.now(), ledger.now() + 600)
+        state = server.created(asked(tmp_path))["state"]
+        assert state["name"] == "AwaitingRetry" and "away to answer a test; its files" in state["message"]
+        ledger.waits.leave(queue, tester)
+        assert ledger.waits.call(queue, 5) == [server.run_id] and not server.forced
+
+        def ends() -> None:
+            ledger.waits.leave(queue, tester)
+
+        ledger.waits.gone(server.run_id)
+        ledger.waits.join(queue, tester, ledger.now(), ledger.now() + 600)
+        server.meanwhile = ends  # the one that tests it ends, and calls nobody: this one stands in no line yet
+        assert server.created(asked(tmp_path))["state"]["name"] == "AwaitingRetry"
+    ((run_id, now, force),) = server.forced
+    assert (run_id, force) == (server.run_id, True) and now.state_details.scheduled_time <= datetime.now(UTC)
 
 
 def test_what_is_tried_soon_is_left_to_the_worker(server: Server, tmp_path: Path) -> None:
