@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -92,7 +93,14 @@ class RetrievalParts:
             if one.state.is_cancelling():
                 self._do(self._look_after(StateChange(one.id, "CANCELLING", "Cancelling", "")))
             elif not is_held(one.state) and not self._is_executed(one.id):
-                self._do(self._goes_on(one.id))
+                self._do(self._found(one.id))
+
+    async def _found(self, run_id: UUID) -> None:
+        """Let the retrieval go on with a dispatch that was to go on when it was looked for, unless that has ended."""
+        with suppress(ObjectNotFound):
+            state = (await self.client.read_flow_run(run_id)).state
+            if state is not None and state.name not in WAIT:
+                await self._goes_on(run_id)
 
     def _is_executed(self, run_id: UUID) -> bool:
         owner = self.ledger.runs.owner_of(str(run_id))

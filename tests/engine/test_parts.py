@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import Cancelling, Running, Scheduled
+from prefect.states import AwaitingRetry, Cancelling, Running, Scheduled
 
 from talaria.engine import parts
 from talaria.engine.parts import WAIT, RetrievalParts
@@ -45,9 +45,9 @@ def test_one_that_goes_on_is_found_though_its_event_was_lost(tmp_path: Path, mon
     """It was looked at once an hour."""
     monkeypatch.setattr(parts, "LATE_S", ())
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        states = [resuming(ledger), Running(), Scheduled(), Scheduled(scheduled_time=LATER), Running(), Running()]
-        server = Server(*states)
-        resumed, running_again, due, held, here, elsewhere = server.parts
+        goes_on = [resuming(ledger), Running(), Scheduled()]
+        server = Server(Scheduled(scheduled_time=LATER), *goes_on, Running(), Running(), Running())
+        _held, resumed, running_again, due, here, elsewhere, ended = server.parts
         ledger.runs.begins(str(elsewhere.id), "another worker")
         called: list[UUID] = []
         done: list[Coroutine[Any, Any, None]] = []
@@ -57,13 +57,14 @@ def test_one_that_goes_on_is_found_though_its_event_was_lost(tmp_path: Path, mon
         async def look() -> set[UUID]:
             await one.look()
             looked = {cast(Any, work).cr_frame.f_locals["run_id"] for work in done}
+            ended.state = AwaitingRetry(scheduled_time=LATER)  # it was about to come to rest
             for work in done:
                 await work
             return looked
 
         monkeypatch.setattr(running, "parts", lambda: {str(here.id): None})
         monkeypatch.setattr(parts, "heed_all", _nothing)
-        assert asyncio.run(look()) == {resumed.id, running_again.id, due.id} and held.id not in called
+        assert asyncio.run(look()) == {resumed.id, running_again.id, due.id, ended.id}
         assert called == [server.whole] * 3
         (asked,) = server.asked
         assert asked.state.name.not_any_ == WAIT and asked.parent_task_run_id.is_null_ is False
