@@ -75,6 +75,12 @@ def test_what_waits_goes_on_in_its_own_run_and_is_paused_resumed_and_delivered(u
         assert {one["targets"]["by-night"] for one in shown["studies"]} == {"delivered"}
 
 
+def in_artifact(up: Talaria) -> dict[str, str]:
+    """What the newest artifact of a retrieval says of each accession number."""
+    [newest] = up.api("POST", "/artifacts/latest/filter", artifacts={"key": {"any_": ["retrieval"]}}, limit=1)
+    return {one["accession"]: one["state"] for one in json.loads(newest["data"])}
+
+
 def test_a_retrieval_that_is_cancelled_takes_what_waits_with_it_and_a_retry_sends_it(
     up: Talaria, tmp_path: Path
 ) -> None:
@@ -93,8 +99,7 @@ def test_a_retrieval_that_is_cancelled_takes_what_waits_with_it_and_a_retry_send
         table = up.home / "receipts" / f"{run_id}.csv"
         ended = {"X1": "cancelled", "X2": "cancelled", "X3": "missing"}
         up.until(lambda: states(table) == ended, 60)
-        [newest] = up.api("POST", "/artifacts/latest/filter", artifacts={"key": {"any_": ["retrieval"]}}, limit=1)
-        assert {one["accession"]: one["state"] for one in json.loads(newest["data"])} == ended
+        up.until(lambda: in_artifact(up) == ended, 60)  # which comes after the table
         assert up.told("jobs", "show", run_id)["cancelled"] == ["X1", "X2"]
         peer.instances.extend(Instance.of(one) for one in study("X3", series=1))
         up.apply(shut=folder(tmp_path / "shut"), away=folder(tmp_path / "back"))
@@ -158,8 +163,7 @@ def test_of_a_retrieval_that_cant_go_on_nothing_waits_and_every_retry_does_the_r
         assert {one["state_type"] for one in parts(up, run_id).values()} == {"CANCELLED"}
         ended = {"ZB1": "failed", "ZB2": "missing"}
         assert states(up.home / "receipts" / f"{run_id}.csv") == ended
-        [newest] = up.api("POST", "/artifacts/latest/filter", artifacts={"key": {"any_": ["retrieval"]}}, limit=1)
-        assert {one["accession"]: one["state"] for one in json.loads(newest["data"])} == ended
+        up.until(lambda: in_artifact(up) == ended, 60)  # which comes after the table
         shown = up.told("jobs", "show", run_id)
         assert shown["failed"] == ["ZB1"] and "so it is not queried" in shown["error"]
         # As somebody retries it in Prefect's pages.
