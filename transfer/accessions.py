@@ -77,7 +77,7 @@ def _check_list(text: str) -> None:
     """
     if not any(sign in text for sign in "\t;,|"):
         check_lines(
-            [one for one in BETWEEN.split(_TWO_WORDS.sub("", line)) if one and not _is_title(one)]
+            [one for one in BETWEEN.split(_TWO_WORDS.sub("", line)) if _says_something(one) and not _is_title(one)]
             for line in _QUOTED.sub("1", text).splitlines()
         )
     lines = [line for line in text.splitlines() if line.strip()]
@@ -200,8 +200,16 @@ def _titled_column(rows: list[list[str]]) -> tuple[int, int] | None:
 
 
 def _cell(text: str) -> str:
-    """Return a cell without blanks and quotes; spreadsheets write ="0012" for a text that looks like a number."""
-    return _EDGES.sub("", _EDGES.sub("", text).removeprefix("=").strip(QUOTES))
+    """Return a cell without blanks and quotes; "" for one of signs alone, as a bullet, or a dash for no value.
+
+    Spreadsheets write ="0012" for a text that looks like a number.
+    """
+    cell = _EDGES.sub("", _EDGES.sub("", text).removeprefix("=").strip(QUOTES))
+    return cell if _says_something(cell) else ""
+
+
+def _says_something(text: str) -> bool:
+    return any(map(str.isalnum, text))
 
 
 def _is_title(text: str) -> bool:
@@ -215,7 +223,7 @@ def _values(text: str) -> list[str]:
     for quoted, plain in re.findall(r'"([^"\n\r]*)"|([^"]+)', _titled(text)):
         parts = [quoted] if quoted else BETWEEN.split(plain)
         values += [part.strip().strip(QUOTES).strip() for part in parts]
-    return [value for value in values if any(map(str.isalnum, value))]  # not what is left between two quotes
+    return [value for value in values if _says_something(value)]  # not what is left between two quotes
 
 
 def _titled(text: str) -> str:

@@ -94,6 +94,11 @@ from transfer.errors import Misconfigured
         ("20240101\n20240102", ("20240101", "20240102")),
         # What a web page puts at the end of a cell.
         ("Name\tAccession\nx\tA1\u200b\ny\t\u2060A2 \ufeff\n", ("A1", "A2")),
+        # Bullets, and dashes for no value.
+        ("- A1\n- A2", ("A1", "A2")),
+        ("\u2022\tA1\n\u2022\tA2", ("A1", "A2")),
+        ("A1 / A2", ("A1", "A2")),
+        ("Name;Accession\nx;A1\ny;-\nz;A2", ("A1", "A2")),
         # No tables: lists in several lines.
         ("A1,A2\nA3,A4", ("A1", "A2", "A3", "A4")),
         ("X,Y\nZ,W", ("X", "Y", "Z", "W")),
