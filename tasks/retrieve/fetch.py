@@ -125,7 +125,8 @@ class Fetcher:
             for half in (batch[:middle], batch[middle:]):
                 self._find(half)
             return
-        self._take(found)
+        places = {number.strip().casefold(): place for place, number in reversed([*enumerate(batch)])}
+        self._take(sorted(found, key=lambda match: _place(match, places)))  # fetched in the order of the list
         seen = {number.strip().casefold() for match in found for number in _numbers(match)}
         unseen = [number for number in batch if number.strip().casefold() not in seen]
         self.job.failed |= dict.fromkeys(filter(self._may_be_there, unseen), self.unread)
@@ -258,6 +259,11 @@ class Fetcher:
             study.stage = Stage.PARTIAL if study.instances else Stage.FAILED
             words = f"{study.instances} of {study.instances + study.missing} instances came, {study.missing} missing"
             study.reason = "; ".join([words, *receipt.notes])
+
+
+def _place(match: Match, places: dict[str, int]) -> int:
+    """Return where in a list a study's number stands; behind all others if it is shown as another one."""
+    return min((places.get(number.strip().casefold(), len(places)) for number in _numbers(match)), default=len(places))
 
 
 def _numbers(match: Match) -> list[str]:

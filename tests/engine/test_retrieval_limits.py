@@ -108,6 +108,15 @@ def three() -> list[bytes]:
     return [file for name in ("S1", "S2", "S3") for file in study(name)]
 
 
+def test_studies_are_fetched_in_the_order_of_the_list() -> None:
+    with archive(three()) as peer:
+        one = made(peer, numbers="S3 S0 S1 S2")
+        asyncio.run(one.run())
+        assert [*stages(one)] == ["S3", "S1", "S2"] and one.job.missing == ["S0"]
+        uids = {str(each.ds.StudyInstanceUID): str(each.ds.AccessionNumber) for each in peer.instances}
+        assert [uids[str(each.keys.StudyInstanceUID)] for each in peer.asked(GET)] == ["S3", "S1", "S2"]
+
+
 def test_fetching_waits_for_sending_where_the_spool_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TALARIA_SPOOL_LIMIT", "1")  # one study fills it
     fetched_at_begin, fetched_at_end = [], []
