@@ -17,6 +17,7 @@ from typing import Any
 from transfer.home import Home
 from transfer.live import replace
 
+FULL = "accepts nothing: the disk of the state directory has too little room"
 STALE_S = 60.0  # after which a listener that has not written its file counts as gone; it writes each few seconds
 
 
@@ -82,11 +83,13 @@ def sources(home: Home) -> dict[str, Any] | None:
 
 
 def trouble(home: Home, name: str) -> str:
-    """Return why a source does not listen, in a sentence; "" if it does."""
+    """Return why a source does not listen, or accepts nothing, in a sentence; "" if it does."""
     there = sources(home)
     if there is None:
         return "nobody listens: `talaria up` does not run, or has not begun to"
-    return str(there[name].get("error", "")) if name in there else "it does not listen yet"
+    if name not in there:
+        return "it does not listen yet"
+    return str(there[name].get("error", "")) or (FULL if there[name].get("full") else "")
 
 
 def clear(home: Home) -> None:

@@ -67,6 +67,8 @@ def show(name: Name, as_json: Json = False) -> None:
     print(f"name: {document['name']}")
     for field, value in document["settings"].items():
         print(f"{field}: {_shown(value)}")
+    if document.get("belongs_to"):
+        print(f"belongs to the host: {document['belongs_to']}")
     print(f"schedule: {'; '.join(document['schedule']) or 'none'}")
     print(f"last sweep: {document['last_sweep'] or 'never'}")
     print(f"units: {_counts(document)}")

@@ -293,9 +293,11 @@ class _Watch:
 
     def _say_who_is_full(self) -> None:
         """Say once of each source that its disk has no room, until it has some again."""
+        from transfer.listening import FULL
+
         full = {name for name, one in self._listeners.status().items() if one.get("full")}
         for name in full - self._full:
-            self._stuck(name, "accepts nothing: the disk of the state directory has too little room")
+            self._stuck(name, FULL)
         self._full = full
 
     def _stuck(self, name: str, words: str) -> None:

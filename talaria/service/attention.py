@@ -14,8 +14,6 @@ from talaria.service import Office, sources
 from tasks.checking import last_checks
 from tasks.documents import Broken
 from tasks.sources.saved import KEPT
-from transfer import listening
-from transfer.home import Home
 from transfer.ledger import Ledger
 
 DAYS = 30  # before the end of a certificate
@@ -68,7 +66,7 @@ async def needed(office: Office, saved: Sequence[Target | Broken], certificate: 
     there = [one for one in await KEPT.all(office.client) if isinstance(one, Source)]
 
     def looked() -> list[Attention]:
-        found = [*_sources(office.home, rows)]
+        found = [*_sources(rows)]
         with Ledger(office.home.ledger) as ledger:
             known = certificates.known(certificate, targets, checks, there, ledger)
         found += sorted(_certificates(known), key=lambda one: one.count)
@@ -77,16 +75,15 @@ async def needed(office: Office, saved: Sequence[Target | Broken], certificate: 
     return await asyncio.to_thread(looked)
 
 
-def _sources(home: Home, rows: Sequence[dict[str, Any]]) -> Iterator[Attention]:
+def _sources(rows: Sequence[dict[str, Any]]) -> Iterator[Attention]:
     for row in rows:
         if row["broken"]:
             yield Attention(Need.SOURCE_BROKEN, row["name"], why=row["broken"])
             continue
         if not row["enabled"]:  # somebody has paused it, and knows
             continue
-        trouble = listening.trouble(home, row["name"]) if row["type"] == "dicom" else ""
-        if why := row["problem"] or trouble:
-            yield Attention(Need.SOURCE_STUCK, row["name"], why=why)
+        if row["problem"]:
+            yield Attention(Need.SOURCE_STUCK, row["name"], why=row["problem"])
         if count := sum(row["units"][state] for state in ATTENDED):
             yield Attention(Need.SOURCE_UNITS, row["name"], count=count)
 

@@ -24,7 +24,7 @@ from tasks.names import pick, split, type_of
 from tasks.sources import belonging, checks, units
 from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
-from transfer import unitlist
+from transfer import listening, unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.sourcebook import Sourcebook, UnitState
@@ -44,6 +44,7 @@ async def list_sources(office: Office) -> dict[str, Any]:
     """Return all sources, with how many of their units are in which state."""
     found = await KEPT.all(office.client)
     counts, sweeps = await asyncio.to_thread(_read, office, lambda book: (book.counts(), book.sweeps()))
+    elsewhere = await belonging.elsewhere(office.client)
     rows = []
     for one in found:
         row, there = sweeps.get(one.name), counts.get(one.name, {})
@@ -54,9 +55,22 @@ async def list_sources(office: Office) -> dict[str, Any]:
             "units": {str(state): there.get(state, 0) for state in UnitState},
             "waiting": row.waiting if row else 0,
             "last_sweep": _time(row.time) if row else None,
-            "problem": row.detail if row else "",
+            "problem": _problem(office, one, row.detail if row else "", elsewhere),
+            "belongs_to": elsewhere.get(one.name),
         })  # fmt: skip
     return {"sources": rows}
+
+
+def _problem(office: Office, source: Source | Broken, said: str, elsewhere: Mapping[str, str]) -> str:
+    """Return why a source is stuck; "" if it is not, or is paused.
+
+    Args:
+        said: by its last sweep.
+        elsewhere: the sources of other hosts, which know whether they listen.
+    """
+    if said or not isinstance(source, DicomSource) or not source.enabled or source.name in elsewhere:
+        return said
+    return listening.trouble(office.home, source.name)
 
 
 def _broken(one: Broken) -> dict[str, Any]:
@@ -72,6 +86,7 @@ async def show_source(office: Office, name: str, given: bool = False) -> dict[st
     source = await load_source(office, name)
     values: dict[str, Any] = values_of(source, secrets=True) if given else all_values_of(source)
     rows, row = await asyncio.to_thread(_read, office, lambda book: (book.units(source.name), book.sweep(source.name)))
+    elsewhere = await belonging.elsewhere(office.client)
     counts = Counter(one.state for one in rows.values())
     bad = [one for one in rows.values() if one.state in (UnitState.FAILED, UnitState.HELD) or one.detail]
     return {
@@ -79,7 +94,8 @@ async def show_source(office: Office, name: str, given: bool = False) -> dict[st
         "settings": values,
         "schedule": await batches.schedule_of(office.client, source.name),
         "last_sweep": _time(row.time),
-        "problem": row.detail,
+        "problem": _problem(office, source, row.detail, elsewhere),
+        "belongs_to": elsewhere.get(source.name),
         "waiting": row.waiting,
         "units": {str(state): counts.get(state, 0) for state in UnitState},
         "attention": [
@@ -289,12 +305,19 @@ async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, A
     count = await asyncio.to_thread(_read, office, forget)
     if source.enabled:
         await batches.start(office.client, source.name, office.user)
-    return {"name": source.name, "action": f"{count} units are dispatched again"}
+    return {"name": source.name, "action": f"{count} {'unit is' if count == 1 else 'units are'} dispatched again"}
 
 
 async def test_source(office: Office, name: str) -> dict[str, Any]:
-    """Look whether a source can be used, and what the next sweep would find; nothing is dispatched or moved."""
-    return await test_unsaved(office, await load_source(office, name))
+    """Look whether a source can be used, and what the next sweep would find; nothing is dispatched or moved.
+
+    Raises:
+        Misconfigured: it is another host's.
+    """
+    source = await load_source(office, name)
+    if host := (await belonging.elsewhere(office.client)).get(source.name):
+        raise Misconfigured(f"belongs to the host {host}, on which it was applied last: test it there", source.name)
+    return await test_unsaved(office, source)
 
 
 async def test_unsaved(office: Office, source: Source) -> dict[str, Any]:

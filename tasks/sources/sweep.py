@@ -43,10 +43,11 @@ from transfer.unitlist import FileFacts, ListedUnit
 FLOOD = 250  # units of one dispatch: its receipts stay handy, and one that fails is soon seen
 LEVELS = list(Level)
 DAY_S = 86_400.0
-KEPT_S = 30 * DAY_S  # for which it is remembered what was done with units that are there no more
+KEPT_S = 30 * DAY_S  # for which it is remembered what became of units that are there no more
 OPEN_S = 60.0  # after which a unit is looked at again that somebody writes to; a watch sees sooner that this has ended
 AGAIN_S = 300.0  # and one whose files a full disk, or a share that is away, kept from going
 ARRIVED = (UnitState.DELIVERED, UnitState.DONE)
+ENDED = (UnitState.DONE, UnitState.FAILED, UnitState.HELD)
 AHEAD = ":ahead"  # after the fingerprint of a unit whose times lie in the future
 LATER = "tried again with the next sweep: "
 LATE = "files came after it was dispatched; `talaria source retry` dispatches it again"
@@ -443,7 +444,7 @@ class Sweep:
         old = [
             row.unit
             for row in known.values()
-            if row.state is UnitState.DONE and row.unit not in seen and row.time < now - KEPT_S
+            if row.state in ENDED and row.unit not in seen and row.time < now - KEPT_S
         ]
         if old:
             self.book.forget(name, old)

@@ -11,7 +11,6 @@ from talaria.metrics.certificates import DAY_S, FRONT, OWN, PEER, SERVER, KnownC
 from talaria.metrics.disks import STATE, DiskSpace
 from talaria.service import attention
 from talaria.service.attention import Attention, Need
-from transfer.home import Home
 
 ROW = {"name": "ward", "type": "inbox", "broken": None, "enabled": True, "problem": ""} | {
     "units": {"failed": 0, "held": 0, "done": 9}
@@ -40,7 +39,7 @@ def test_each_has_words_and_leads_to_where_something_can_be_done(need: Need) -> 
     ],
 )
 def test_sources_that_somebody_must_look_at(more: dict[str, object], needs: list[object]) -> None:
-    found = attention._sources(Home.current(), [ROW | more])
+    found = attention._sources([ROW | more])
     assert [(one.need, one.why, one.count) for one in found] == needs
 
 

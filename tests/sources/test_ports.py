@@ -18,6 +18,8 @@ from talaria.service import sources as service
 from tasks.sources import checks
 from tasks.sources.ports import clashes, loops
 from tests.targets.dicom_tls import certificates
+from transfer import listening
+from transfer.errors import Misconfigured
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -197,3 +199,40 @@ def test_who_applies_or_tests_a_source_hears_of_a_loop_over_another_host(
     monkeypatch.setattr("talaria.service.sources.Ledger", lambda path: Ledger(tmp_path / "ledger.sqlite"))
     tested = asyncio.run(service.test_unsaved(office, ct))
     assert not tested["ok"] and words in tested["problems"]
+
+
+def test_a_source_of_another_host_is_named_and_what_a_listener_lacks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source was called well that accepted nothing, and one of another host said not to listen."""
+    home, ct, mr = Home(tmp_path), source("ct"), source("mr", 105)
+
+    async def saved(client: Any, *args: Any, **asked: Any) -> list[Any]:
+        return [ct, mr]
+
+    async def load(client: Any, names: list[str], **asked: Any) -> list[Any]:
+        return [one for one in (ct, mr) if one.name in names]
+
+    async def hosts_of(client: Any) -> dict[str, str]:
+        return {"mr": THERE}
+
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
+    monkeypatch.setattr("tasks.sources.saved.KEPT.all", saved)
+    monkeypatch.setattr("tasks.sources.saved.KEPT.load", load)
+    monkeypatch.setattr("tasks.sources.belonging.hosts_of", hosts_of)
+    monkeypatch.setattr("talaria.service.sources.Ledger", lambda path: Ledger(tmp_path / "ledger.sqlite"))
+    office = Office(cast("Any", object()), home)
+
+    def said() -> list[tuple[Any, Any]]:
+        return [(one["problem"], one["belongs_to"]) for one in asyncio.run(service.list_sources(office))["sources"]]
+
+    assert said() == [("nobody listens: `talaria up` does not run, or has not begun to", None), ("", THERE)]
+    listening.write_sources(home, 1, {"ct": {"error": "", "full": True}})
+    assert said() == [(listening.FULL, None), ("", THERE)]
+    assert listening.FULL in checks.of_listener(ct, [ct], home)
+    listening.write_sources(home, 1, {"ct": {"error": "", "full": False}})
+    assert said() == [("", None), ("", THERE)]
+    with pytest.raises(
+        Misconfigured, match=f"belongs to the host {THERE}, on which it was applied last: test it there"
+    ):
+        asyncio.run(service.test_source(office, "mr"))

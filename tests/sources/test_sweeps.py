@@ -557,6 +557,21 @@ def test_an_inbox_that_is_gone_is_not_an_empty_one(bench: Bench) -> None:
     assert bench.states() == {"s": "done"}
 
 
+def test_what_failed_and_is_not_there_any_more_is_forgotten_one_day(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.down = {"shelf"}
+    for name in ("gone", "there"):
+        material.ct(bench.inbox / name, 1)
+    bench.all()
+    shutil.rmtree(bench.inbox / "gone")
+    bench.sweep()
+    assert bench.states() == {"gone": "failed", "there": "failed"}
+    monkeypatch.setattr("tasks.sources.sweep.KEPT_S", -1.0)
+    bench.sweep()
+    assert bench.states() == {"there": "failed"}
+
+
 def test_lists_that_nobody_needs_go(bench: Bench) -> None:
     material.ct(bench.inbox / "s", 1)
     bench.all()

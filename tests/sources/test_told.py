@@ -100,7 +100,7 @@ def test_a_test_of_an_edited_inbox_leaves_what_is_known_of_the_saved_one(bench: 
 
     def tested(source: InboxSource) -> dict[str, Any]:
         office: Any = SimpleNamespace(home=bench.home)
-        return sources._tested(office, source, [source], targets, bench.source)
+        return sources._tested(office, source, [source], targets, bench.source, {})
 
     saved = bench.named(unit="study")
     assert tested(saved)["units"]["known"] == 1 and known() == ["a.dcm"]

@@ -47,7 +47,8 @@ class ListedSourceAnswer(ExactAnswer):
     units: dict[str, int] = Field(description="How many are dispatched, delivered, done, failed and held.")
     waiting: int = Field(description="How many had not settled at the last sweep.")
     last_sweep: str | None
-    problem: str = Field(description="Why it could not be looked through; empty if it could.")
+    problem: str = Field(description="Why it can't be looked through, or does not listen; empty if it does.")
+    belongs_to: str | None = Field(description="The other host that sweeps it, or listens; null if this one does.")
 
 
 class SourceListAnswer(ExactAnswer):
@@ -74,6 +75,7 @@ class SourceAnswer(ExactAnswer):
     schedule: list[str] = Field(description="The schedules of its deployment, as Prefect has them now.")
     last_sweep: str | None
     problem: str
+    belongs_to: str | None
     waiting: int
     units: dict[str, int]
     attention: list[AttentionAnswer]
