@@ -109,12 +109,13 @@ def three() -> list[bytes]:
 
 
 def test_studies_are_fetched_in_the_order_of_the_list() -> None:
-    with archive(three()) as peer:
-        one = made(peer, numbers="S3 S0 S1 S2")
+    numbers = [f"ACC00{n}" for n in (3, 0, 2, 4, 1, 5)]  # enough to be asked for by a wild card
+    with archive([file for n in (1, 2, 3) for file in study(f"ACC00{n}")]) as peer:
+        one = made(peer, numbers=" ".join(numbers))
         asyncio.run(one.run())
-        assert [*stages(one)] == ["S3", "S1", "S2"] and one.job.missing == ["S0"]
+        assert [*stages(one)] == ["ACC003", "ACC002", "ACC001"] and one.job.missing == ["ACC000", "ACC004", "ACC005"]
         uids = {str(each.ds.StudyInstanceUID): str(each.ds.AccessionNumber) for each in peer.instances}
-        assert [uids[str(each.keys.StudyInstanceUID)] for each in peer.asked(GET)] == ["S3", "S1", "S2"]
+        assert [uids[str(each.keys.StudyInstanceUID)] for each in peer.asked(GET)] == [*stages(one)]
 
 
 def test_fetching_waits_for_sending_where_the_spool_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
