@@ -38,7 +38,9 @@ def check_into(into: Path) -> None:
 
 
 def move_into(folder: Path, into: Path, name: str) -> int:
-    """Move the instances of a folder to their final places; return how many. What is there already is replaced.
+    """Move the instances of a folder to their final places; return how many are there, with those of earlier tries.
+
+    What is there already is replaced.
 
     Args:
         name: name of the study's folder: its accession number or its UID.
@@ -54,8 +56,8 @@ def move_into(folder: Path, into: Path, name: str) -> int:
                 header = read_header(file.fileno(), path.stat().st_size)
                 os.fdatasync(file)  # before its name is final: else it may be empty after a power cut
             finals[path] = f"{sanitised(name)}/{sanitised(header.SeriesInstanceUID)}/{path.name}"
-        with (folder / NOTES).open("a", encoding="utf-8") as notes:
-            notes.writelines(f"{into / final}\n" for final in finals.values())
+        with (folder / NOTES).open("ab") as notes:
+            notes.writelines(os.fsencode(into / final) + b"\0" for final in finals.values())
         with _opened(into) as tree:
             for path, final in finals.items():
                 series = parent(final)
@@ -68,16 +70,20 @@ def move_into(folder: Path, into: Path, name: str) -> int:
     except OSError as exc:
         kind = DiskFull if exc.errno in FULL else Misconfigured
         raise kind(f"can't write to {into}{_obstacle(into, series, exc)}: {words_of(exc)}") from exc
-    return len(finals)
+    return sum(map(os.path.exists, _noted(folder)))
 
 
-def is_moved(folder: Path) -> bool:
-    """Return True if all that was ever to be moved from a folder is in its final place."""
+def is_moved(folder: Path, count: int) -> bool:
+    """Return True if so many instances were to be moved from a folder, and are in their final places."""
+    finals = _noted(folder)
+    return len(finals) >= max(count, 1) and all(map(os.path.exists, finals))
+
+
+def _noted(folder: Path) -> set[bytes]:
     try:
-        finals = (folder / NOTES).read_text(encoding="utf-8").splitlines()
+        return set((folder / NOTES).read_bytes().split(b"\0")) - {b""}
     except OSError:
-        return False
-    return bool(finals) and all(map(os.path.exists, finals))
+        return set()
 
 
 def _opened(into: Path) -> Tree:

@@ -132,7 +132,7 @@ class Retrieval:
             folder = self._folder(study)
             if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
                 # Moved, and not noted; else its files are gone, and it is fetched again.
-                study.stage, study.again = (Stage.DELIVERED if is_moved(folder) else Stage.FOUND), 0.0
+                study.stage, study.again = (Stage.DELIVERED if is_moved(folder, study.instances) else Stage.FOUND), 0.0
                 self.job.save()
             if study.stage is Stage.DELIVERED and folder.is_dir():
                 await asyncio.to_thread(discard, folder)
@@ -319,9 +319,9 @@ class Retrieval:
             try:
                 if self.wish.into:
                     name = study.accession or study.study
-                    await asyncio.to_thread(move_into, folder, Path(self.wish.into), name)
-                    study.stage = Stage.DELIVERED
-                else:
+                    _has(study, await asyncio.to_thread(move_into, folder, Path(self.wish.into), name))
+                    study.stage = study.stage if study.missing else Stage.DELIVERED
+                elif study.dispatch or _has(study, size_of(folder)[0]):
                     await self._dispatch(study, folder)
             except DispatchError as exc:
                 study.stage, study.reason = Stage.FAILED, exc.message
@@ -479,6 +479,15 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
 async def _load(names: list[str]) -> list[Target]:
     async with get_client() as client:
         return [(await load(client, [name]))[0] for name in names]
+
+
+def _has(study: Study, count: int) -> bool:
+    """Return whether so many instances are all that came of a study; if not, it is partial, and `study` says why."""
+    study.missing = max(0, study.instances - count)
+    if study.missing:
+        study.stage = Stage.PARTIAL
+        study.reason = f"{study.missing} of {study.instances} instances that had come are gone: somebody removed them"
+    return not study.missing
 
 
 def _targets(home: Home, dispatch: str) -> dict[str, str]:

@@ -419,6 +419,42 @@ def test_what_was_brought_before_a_folder_was_full_is_not_fetched_again(
         assert row["instances"] == 4 and row["bytes"] == sum(path.stat().st_size for path in there.values())
 
 
+@pytest.mark.parametrize("gone", [1, 2])
+@pytest.mark.parametrize("to", ["into", "target"])
+def test_what_somebody_removes_before_it_is_handed_on_is_not_delivered(
+    gone: int, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what clears old files does; a retry fetches it again."""
+    into = tmp_path / "in\nto"
+    wish: dict[str, Any] = {"targets": (), "into": str(into)} if to == "into" else {}
+    really, removed = Retrieval._hand_on, []
+
+    def clear(folder: Path) -> None:
+        removed.extend(sorted(folder.glob("*.dcm"))[:gone])
+        for path in removed:
+            path.unlink()
+
+    async def cleared(self: Retrieval, one: Study, folder: Path) -> None:
+        if one.accession == "S2" and not removed:
+            clear(folder)
+        await really(self, one, folder)
+
+    monkeypatch.setattr(Retrieval, "_hand_on", cleared)
+    with archive(three()) as peer:
+        one = made(peer, **wish)
+        asyncio.run(one.run())
+        assert stages(one) == dict.fromkeys(("S1", "S3"), Stage.DELIVERED) | {"S2": Stage.PARTIAL}
+        [partial] = [study for study in one.job.studies.values() if study.accession == "S2"]
+        assert partial.missing == gone and f"{gone} of 2 instances that had come are gone" in partial.reason
+        one.job.ended = True
+        one.job.save()
+        again = made(peer, **wish)
+        asyncio.run(again.run())
+        assert set(stages(again).values()) == {Stage.DELIVERED}
+        if to == "into":
+            assert {path.stem for path in into.rglob("*.dcm")} == {each.uid for each in peer.instances}
+
+
 @pytest.mark.mounts
 def test_a_full_disk_ends_the_fetching_at_once_and_a_retry_goes_on_there(
     disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
