@@ -4,9 +4,9 @@ Servers cap a page below the limit that was asked for, send the first page again
 (Orthanc 1.10 with `ModalitiesInStudy`), refuse attributes and filters that they don't know, or ignore them. So after a
 page of more than a few results the next one begins with its last result, which shows whether the server respects the
 offset. If it doesn't, a larger page is requested; and if the server may hold results back, one of these must prove that
-it doesn't:
+it doesn't, and where pages end with as many results as any search has had, for the server may count no further:
 
-    an answer of this server, to any search of the level, that had more results
+    an answer of this server, to any search of the level, that had more results; one that stands behind so many
     the count that it gave of them, or a count of all it has that is no larger
     searches that share the results out (by UID, by date), each answered with fewer
 
@@ -16,7 +16,7 @@ Otherwise the search ends with an error: an absence that isn't proven is not rep
 from __future__ import annotations
 
 import datetime
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from imaging import json as dicomjson
@@ -27,6 +27,7 @@ from protocols.dicomweb.service import Service
 from transfer.errors import Cancelled, DispatchError, Interrupted, Misconfigured, NotFound
 
 PAGE = 200  # results; Azure refuses to give more at once
+LEAST = 5  # results, of all pages together, behind which a server may stop
 FEW = 10  # results: no server's cap is lower, so the last one of so few needn't come again (it costs Orthanc 10 ms)
 MOST = 200_000  # results that are asked for at once of a server that has no pages
 SHARES = 600  # searches at most that share the results of one out
@@ -52,6 +53,7 @@ class Archive:
         left_out: names of parameters that it refuses.
         closed: whether it takes only dates with both ends.
         largest: by level, the most results that came in one answer.
+        reached: by level, the most results of one search that are known to come, over all pages.
         tries: how often a page is requested over connections that break.
     """
 
@@ -60,6 +62,7 @@ class Archive:
     left_out: set[str] = field(default_factory=set)
     closed: bool = False
     largest: dict[str, int] = field(default_factory=dict)
+    reached: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.client = DicomwebClient(self.service)
@@ -70,6 +73,7 @@ class PagedSearch:
 
     Args:
         expected: how many results there are, as far as the server has said so.
+        otherwise: returns all results from elsewhere, where the server gives no more than some.
     """
 
     def __init__(
@@ -79,10 +83,11 @@ class PagedSearch:
         keys: Keys = (),
         fields: Sequence[str] = (),
         expected: int | None = None,
+        otherwise: Callable[[CutShort], list[Attributes]] | None = None,
     ) -> None:
         self.archive, self.segments, self.keys, self.fields = archive, tuple(segments), keys, fields
         self.level = segments[-1]
-        self.expected = expected
+        self.expected, self._otherwise = expected, otherwise
         self._seen: set[str] = set()
         self._undated = 0  # results without a study date
 
@@ -92,12 +97,21 @@ class PagedSearch:
         Raises:
             NotFound: the server has no such resource. Misconfigured: it may have more than it gives.
         """
+        try:
+            yield from self._proven()
+        except CutShort as exc:
+            if self._otherwise is None:
+                raise
+            yield from self._fresh(self._otherwise(exc))
+
+    def _proven(self) -> Iterator[Attributes]:
         limit = PAGE
         while (count := (yield from self._walk(limit))) is not None:
             if count < limit or limit >= MOST or not self.paged:
                 yield from self._prove(count)
                 return
             limit *= 10
+        yield from self._look_beyond()
 
     @property
     def sent(self) -> Keys:
@@ -249,6 +263,42 @@ class PagedSearch:
 
     # ---- proof
 
+    def _look_beyond(self) -> Iterator[Attributes]:
+        """Yield what a server held back that counts no further than it did, if parts of the search bring it.
+
+        Such a server (an Orthanc with `LimitFindResults`) has pages, and none behind its limit.
+
+        Raises:
+            Misconfigured: it does so, and no parts bring all.
+        """
+        total, reached = len(self._seen), self.archive.reached
+        known = max(reached.get(self.level, 0), self.archive.largest.get(self.level, 0))
+        reached[self.level] = max(total, reached.get(self.level, 0))
+        if total < max(known, LEAST) or self._is_expected() or not self.paged:
+            return
+        all_of_them = not self.keys and len(self.segments) == 1
+        if not all_of_them and self._everything(1, total):
+            reached[self.level] = total + 1
+            return
+        split = self.level == "studies" and (yield from self._by_date(total))
+        more = len(self._seen) > total
+        whole = split and (not more or any(key == DATE for key, _ in self.sent))
+        if not whole and not more:  # of what it shows at all, is there anything else?
+            whole = all_of_them or all(self._uid(row) in self._seen for row in self._everything(total + 1, 0))
+        if whole and not more:
+            reached[self.level] = total + 1
+        elif not (whole or (yield from self._by_uid(total))):
+            raise self._cut_short(total, "; it gives all of a range of study dates" if split else "")
+
+    def _everything(self, limit: int, offset: int) -> list[Attributes]:
+        """Return results of a search for all that the server has; none where it refuses that."""
+        try:
+            return PagedSearch(self.archive, (self.level,)).page(limit, offset).rows
+        except Cancelled:
+            raise
+        except (DispatchError, RequestRefused):
+            return []
+
     def _prove(self, count: int) -> Iterator[Attributes]:
         """Yield what the server held back, if other searches bring it.
 
@@ -371,8 +421,8 @@ class PagedSearch:
         service = self.archive.service
         path = service.path(service.qido, *self.segments)
         return CutShort(
-            f"{service.where}{path}: the server gives {count} results at once, and may have more, but has no pages: "
-            f"narrow the query{remedy}"
+            f"{service.where}{path}: the server gives {count} results at once, and may have more, but has no pages for "
+            f"them: narrow the query{remedy}"
         )
 
 

@@ -14,18 +14,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from imaging import json as dicomjson
-from imaging.json import keyworded
+from imaging.json import Attributes, keyworded
 from imaging.loss import is_hazy, may_be, shape, wanted
 from imaging.match import Test, has_wild_cards, in_days, is_universal
 from imaging.query import Match, Query, count, listed, text
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.client import DicomwebClient, Keys, RequestRefused
-from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, PagedSearch
+from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, CutShort, PagedSearch
 from protocols.dicomweb.service import Service
 from protocols.net.hiding import forms
 from transfer.errors import Misconfigured, NotFound
 from transfer.query import series_tests, study_tests
 
+INSTANCES = "00201209"  # NumberOfSeriesRelatedInstances
 STUDY_UID, SERIES_UID, SOP_UID = UID_TAGS["studies"], UID_TAGS["series"], UID_TAGS["instances"]
 STUDY_FIELDS = (
     "StudyDescription", "ModalitiesInStudy", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances",
@@ -283,11 +284,27 @@ class _Finder:
         """Yield the series of a study that match, as values by keyword."""
         uid = str(study["StudyInstanceUID"])
         expected = count(study.get("NumberOfStudyRelatedSeries"))
-        search = PagedSearch(self.archive, ("studies", uid, "series"), (), SERIES_FIELDS, expected)
+        segments = ("studies", uid, "series")
+        search = PagedSearch(self.archive, segments, (), SERIES_FIELDS, expected, self._series_of_instances(uid))
         try:
             yield from self._passed(search, "SeriesInstanceUID", self._series_tests)
         except NotFound:  # what some servers say where there is none
             return
+
+    def _series_of_instances(self, study: str) -> Callable[[CutShort], list[Attributes]]:
+        """Return what reads the series of a study in the metadata of its instances."""
+
+        def read(error: CutShort) -> list[Attributes]:
+            try:
+                found = self.archive.client.metadata(study)
+            except (NotFound, Misconfigured, RequestRefused):
+                raise error from None
+            every: dict[str, list[Attributes]] = {}
+            for one in found:
+                every.setdefault(dicomjson.text(one, SERIES_UID), []).append(one)
+            return [some[0] | {INSTANCES: {"vr": "IS", "Value": [len(some)]}} for some in every.values()]
+
+        return read
 
     def has_series(self, study: dict[str, Any]) -> bool:
         """Return True if one series of a study passes all tests that the query has for series."""

@@ -190,6 +190,7 @@ class Scripted:
         authorization: the only field that is let in; None for everybody.
         continues: answers `Expect: 100-continue` with 100.
         cap: most results of one page.
+        counts: most results of one search, over all its pages.
         ignores: of `limit`, `offset`, `filters`, `includefield`.
         rejects: query parameters that get 400.
         repeats: beyond the last page comes the first one again.
@@ -214,6 +215,7 @@ class Scripted:
     authorization: Callable[[str], bool] | None = None
     continues: bool = True
     cap: int | None = None
+    counts: int | None = None
     ignores: set[str] = field(default_factory=set)
     rejects: set[str] = field(default_factory=set)
     repeats: bool = False
@@ -349,6 +351,7 @@ class Scripted:
         offset = 0 if "offset" in self.ignores else int(given.get("offset", "0"))
         limit = len(found) if "limit" in self.ignores else int(given.get("limit", str(len(found) or 1)))
         most = min(limit, self.cap or limit)
+        found = found[: self.counts]
         page = found[offset : offset + most]
         if not page and self.repeats:
             page = found[:most]

@@ -20,6 +20,7 @@ from imaging.query import Query
 from protocols.dimse.get import Retriever
 from talaria.testing import studies
 from talaria.testing.harness import attempt
+from tasks import dicomweb
 from tasks.dicom import find, retrieve
 from tests import searching
 from tests.servers.dcmtk import dcmqrscp
@@ -31,6 +32,7 @@ from tests.servers.steps import Silence
 from tests.targets import letters
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
+from tests.targets.dicomweb import dicomweb_target
 from tests.targets.pulling import AET, assert_agrees, datasets, port_of_moves, store, study
 from transfer.errors import Misconfigured
 from transfer.receipt import PushReport, State
@@ -120,6 +122,18 @@ def test_an_orthanc_that_ends_searches_at_a_limit_loses_nothing(tmp_path: Path) 
         receipt = retrieve(target, Query(AccessionNumber=("MANY",)), tmp_path / "in", PushReport())
         assert receipt.state is State.DELIVERED, receipt.notes
         assert len(datasets(tmp_path / "in")) == 15
+        # Its DICOMweb has pages, which end at the limit without a word.
+        web = dicomweb_target(
+            server.dicomweb_url, http_user=server.user, http_password=server.password, direction="query"
+        )
+        listed = list(dicomweb.find(web, Query(StudyDate="20240101-20240131")))
+        assert sorted(one.attributes["AccessionNumber"] for one in listed) == numbers
+        assert len(list(dicomweb.find(web, Query(StudyInstanceUID=many, level="series")))) == 8
+        receipt = dicomweb.retrieve(web, Query(StudyInstanceUID=many), tmp_path / "web", PushReport())
+        assert receipt.state is State.DELIVERED, receipt.notes
+        assert len(datasets(tmp_path / "web")) == 15
+        with pytest.raises(Misconfigured, match="and may have more"):
+            list(dicomweb.find(web, Query(PatientName="*")))
         assert "Too many results" in server.log()  # so that these were limits
 
 
@@ -182,6 +196,7 @@ import sys
 from pathlib import Path
 from imaging.query import Query
 from talaria.testing.harness import attempt
+from tasks import dicomweb
 from tasks.dicom import find, retrieve
 from tests.targets.dicom import dicom_target
 from transfer.receipt import PushReport

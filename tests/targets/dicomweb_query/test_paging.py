@@ -25,7 +25,15 @@ def many(server: Scripted, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 def test_pages(many: Scripted) -> None:
     matches = found(many)
     assert len(matches) == len(study_uids(matches)) == 50
-    assert [dict(request.query)["offset"] for request in many.of("GET")] == ["0", "19", "38"]
+    offsets = [dict(request.query)["offset"] for request in many.of("GET")]
+    assert offsets[:3] == ["0", "19", "38"]
+    assert len(offsets) < 8  # that it counts no further than 50 is looked for
+
+
+def test_what_stands_behind_a_search_shows_by_one_query_that_it_was_whole(many: Scripted) -> None:
+    hold(many, *(studies.dataset(AccessionNumber="OTHER") for _ in range(8)))
+    assert len(study_uids(found(many, Query(AccessionNumber=("OTHER",))))) == 8
+    assert [dict(request.query)["offset"] for request in many.of("GET")] == ["0", "8", "8"]
 
 
 @pytest.mark.parametrize("cap", [1, 7, 20, 49, 50, 51])
@@ -105,6 +113,34 @@ def test_shares_by_study_date(server: Scripted, cap: int | None) -> None:
     else:  # there may be studies without a date
         with pytest.raises(Misconfigured, match="range of study dates"):
             found(server)
+
+
+@pytest.mark.parametrize("counts", [7, 13, 20, 37])
+def test_server_counts_no_further_than_a_limit(server: Scripted, monkeypatch: pytest.MonkeyPatch, counts: int) -> None:
+    """As an Orthanc with `LimitFindResults` does, without a word; it has pages up to there."""
+    monkeypatch.setattr(pages, "PAGE", 20)
+    hold(server, *(studies.dataset(StudyDate=f"2024{n % 12 + 1:02}{n % 28 + 1:02}") for n in range(60)))
+    strict(server)
+    server.counts = counts
+    assert len(study_uids(found(server, Query(StudyDate="2024-2024")))) == 60
+    assert len(study_uids(found(server, Query(StudyDate="20240301-")))) == 50
+    with pytest.raises(Misconfigured, match="range of study dates"):  # there may be studies without a date
+        found(server, Query(PatientName="*"))
+    hold(server, *(studies.dataset(StudyDate="20240101", AccessionNumber="A") for _ in range(60)))
+    with pytest.raises(Misconfigured, match=f"gives {counts} results at once, and may have more"):
+        found(server, Query(AccessionNumber=("A",)))
+
+
+def test_series_behind_a_limit_are_read_in_the_metadata(server: Scripted) -> None:
+    study, other = studies.uid(), studies.uid()
+    hold(server, *(studies.dataset(study=study, SeriesNumber=n, Modality="MR" if n else "CT") for n in range(11)))
+    hold(server, *(studies.dataset(study=other, SeriesNumber=n) for n in range(7)))
+    strict(server)
+    server.counts = 7
+    by_series = found(server, Query(StudyInstanceUID=study, level="series"))
+    assert len({one.SeriesInstanceUID for one in by_series}) == len(by_series) == 11
+    assert len(found(server, Query(StudyInstanceUID=study, level="series", Modality="CT"))) == 1
+    assert len(found(server, Query(StudyInstanceUID=other, level="series"))) == 7
 
 
 def test_server_counts_the_offset_within_the_limit(many: Scripted) -> None:
