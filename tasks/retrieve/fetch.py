@@ -90,14 +90,20 @@ class Fetcher:
         found: list[Match] = []
         self.unread, self.unread_about = "", frozenset()
         try:
-            with stopping.stoppable(self.report().check), granted.granting(slots_of(self.source)):
+            with stopping.stoppable(self._check_search), granted.granting(slots_of(self.source)):
                 for match in find(self.source, query):
-                    self.report().check()
+                    self._check_search()
                     found.append(match)
         except Unread as exc:
             self.quiet.error(exc)
             self.unread, self.unread_about = exc.message, exc.about
         return found
+
+    def _check_search(self) -> None:
+        """Raise Cancelled if a search is to stop, also by a pause: no series runs, and it is made anew after that."""
+        self.report().check()
+        if self.paused.is_set():
+            raise Cancelled("the retrieval is paused")
 
     def _may_be_there(self, number: str) -> bool:
         """Return True if what the last search did not find may be there all the same."""

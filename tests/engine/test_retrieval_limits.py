@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import shutil
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
@@ -585,6 +586,34 @@ def test_a_pause_while_the_source_is_away_makes_no_failures_and_resume_goes_on(
         peer.refuses = lambda request: 0
         resumed = made(peer, **wish)
         assert concluded(resumed).is_completed() and stages(resumed) == {"S1": Stage.DELIVERED}
+
+
+@pytest.mark.parametrize("keys", ["numbers", "uid"])
+def test_a_pause_ends_a_search_at_once_and_resume_makes_it_anew(
+    keys: str, concluded: Callable[[Retrieval], State[Any]]
+) -> None:
+    with archive(study("S1")) as peer:
+        wish = by_other_keys(peer) if keys == "uid" else {"numbers": "S0 S1"}
+        slow = made(peer, source_fields={"idle_timeout_s": 300}, **wish)
+        paused = threading.Event()
+
+        def waits(request: Request) -> int:  # as an archive that takes long for each answer
+            slow.paused.set()
+            paused.wait(120)
+            return 0
+
+        peer.refuses = waits
+        try:
+            assert concluded(slow).name == running.PAUSED
+        finally:
+            paused.set()
+        assert len(peer.asked(FIND)) == 1 and not slow.job.missing and not slow.job.error
+        running.forget(RUN)
+        peer.refuses = lambda request: 0
+        resumed = made(peer, **wish)
+        concluded(resumed)
+        assert stages(resumed) == {"S1": Stage.DELIVERED}
+        assert resumed.job.missing == (["S0"] if keys == "numbers" else [])
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["cancelled", "stopped"])
