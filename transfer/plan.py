@@ -316,7 +316,7 @@ class _Scan:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):  # since it was looked at
                 return Item(relative, 0, 0, problem="not a regular file")
-            watch = self.watch.add(fd)
+            watch = self.watch.add(path)
             header, why, damaged = None, "", False
             try:
                 header = read_header(fd, info.st_size)
