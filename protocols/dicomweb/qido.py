@@ -241,7 +241,7 @@ class _Finder:
         ]
         modalities = listed(query.Modality)
         if len(modalities) == 1 and not is_universal(modalities[0]):
-            common.append(("ModalitiesInStudy", modalities[0]))
+            common.append(("ModalitiesInStudy", modalities[0].upper()))  # as all code strings are (PS3.5 section 6.2)
         studies = listed(query.StudyInstanceUID)
         if not studies and query.SeriesInstanceUID.strip():
             known = self._studies_of_series(listed(query.SeriesInstanceUID))

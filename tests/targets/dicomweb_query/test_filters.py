@@ -98,6 +98,13 @@ def test_by_uid(archive: Scripted) -> None:
     assert len(found(archive, Query(SeriesInstanceUID=match.SeriesInstanceUID))) == 1
 
 
+def test_a_modality_is_asked_for_in_capitals(archive: Scripted) -> None:
+    """Servers may tell upper from lower case."""
+    assert len(found(archive, Query(Modality="mr"))) == 2
+    asked = {value for request in archive.requests for key, value in request.query if key == "ModalitiesInStudy"}
+    assert asked == {"MR"}
+
+
 def test_what_identifies_a_patient_shows_in_no_error(server: Scripted) -> None:
     def echo(request: Request) -> Reply:
         return Reply(500, f"<p>no index for {dict(request.query)}</p>".encode(), "text/html")
