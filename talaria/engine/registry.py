@@ -69,6 +69,18 @@ async def queues(client: PrefectClient) -> dict[UUID, str]:
     return {one.id: one.name for one in found if hosts.of_queue(one.name) in ("", host_name())}
 
 
+def waiting(now: datetime, **queue: list[str]) -> dict[str, Any]:
+    """Return what asks Prefect for the runs that wait in queues, also at rest; not for those that are yet to come.
+
+    Of these, schedules have some hundred each.
+
+    Args:
+        queue: of which queues, as Prefect filters their names.
+    """
+    known = {"state": {"type": {"any_": ["SCHEDULED"]}}, "expected_start_time": {"before_": now.isoformat()}}
+    return {"flow_runs": known, "work_pools": {"name": {"any_": [POOL]}}, "work_pool_queues": {"name": queue}}
+
+
 async def deployed(client: PrefectClient, name: str) -> Any:
     """Return the deployment of a flow; register it first if it isn't there."""
     try:

@@ -60,7 +60,7 @@ class _Families(Collector):
 
     def _prefect(self) -> Iterator[Metric]:
         one = self.figures
-        yield _by("talaria_queue_runs", "Runs that wait in a queue, also those that wait for a later time.", ["queue"],
+        yield _by("talaria_queue_runs", "Runs that wait in a queue or rest; not those that are yet to come.", ["queue"],
                   (((queue.name,), queue.waiting) for queue in one.queues))  # fmt: skip
         yield _by("talaria_queue_oldest_seconds", "How long the first run that is due has been waiting.", ["queue"],
                   (((queue.name,), queue.oldest_s) for queue in one.queues))  # fmt: skip

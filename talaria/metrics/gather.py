@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blocks import Source, Target
-from talaria.engine.registry import workers
+from talaria.engine.registry import waiting, workers
 from talaria.metrics import certificates, disks, peers
 from talaria.metrics.certificates import KnownCertificate
 from talaria.metrics.disks import DiskSpace
@@ -169,15 +169,11 @@ class Gatherer:
 
 async def _from_prefect(client: PrefectClient, found: Figures) -> None:
     for queue in await every(client.read_work_queues, work_pool_name=POOL):
-        body: dict[str, Any] = {
-            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
-            "work_pools": {"name": {"any_": [POOL]}},
-            "work_pool_queues": {"name": {"any_": [queue.name]}},
-        }
+        now = datetime.now(UTC)
+        body = waiting(now, any_=[queue.name])
         count = int((await client.request("POST", "/flow_runs/count", json=body)).json())
         oldest = 0.0
         if count:
-            now = datetime.now(UTC)
             body["flow_runs"]["next_scheduled_start_time"] = {"before_": now.isoformat()}
             first = {**body, "sort": "NEXT_SCHEDULED_START_TIME_ASC", "limit": 1}
             for one in (await client.request("POST", "/flow_runs/filter", json=first)).json():

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-    WorkQueueFilter,
-    WorkQueueFilterName,
-)
-from prefect.client.schemas.objects import StateType
-
-from talaria.engine.registry import QUEUES, workers
+from talaria.engine.registry import QUEUES, waiting, workers
 from talaria.service import Office
-from talaria.settings import POOL
 from tasks.checking import last_checks
 from tasks.targets import all_targets, facts
 
@@ -49,11 +38,6 @@ async def status(office: Office, url: str = "") -> dict[str, Any]:
 
 
 async def _waiting(office: Office, queue: str) -> int:
-    """Return how many runs wait in a queue."""
-    states = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
-    body = {
-        "flow_runs": states.model_dump(mode="json"),
-        "work_pools": WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])).model_dump(mode="json"),
-        "work_pool_queues": WorkQueueFilter(name=WorkQueueFilterName(any_=[queue])).model_dump(mode="json"),
-    }
-    return int((await office.client.request("POST", "/flow_runs/count", json=body)).json())
+    """Return how many runs wait in a queue, and in those that hosts have beside it."""
+    asked = waiting(datetime.now(UTC), startswith_=[queue])
+    return int((await office.client.request("POST", "/flow_runs/count", json=asked)).json())

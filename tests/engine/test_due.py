@@ -243,6 +243,7 @@ def test_runs_of_schedules_and_automations_stand_in_the_queue_of_their_priority(
         up.as_worker("POST", "/events", whole)
         return True
 
+    waited = up.told("status")["queues"]["offpeak"]
     schedules, automations = [], []
     try:
         for priority in ("urgent", "normal", "offpeak"):
@@ -262,6 +263,7 @@ def test_runs_of_schedules_and_automations_stand_in_the_queue_of_their_priority(
         assert made_by("AUTOMATION") == right
         up.until(lambda: made_by("SCHEDULE").keys() == right.keys(), 120)
         assert made_by("SCHEDULE") == right
+        up.until(lambda: up.told("status")["queues"]["offpeak"] <= waited)  # of days that are to come none waits
     finally:
         for one in automations:
             up.api("DELETE", f"/automations/{one}")

@@ -353,6 +353,13 @@ def test_what_can_t_be_sent_is_refused_in_one_line(
     assert answer.status_code == status and words in answer.json()["error"]
 
 
+def test_a_body_that_is_not_there_is_named_where_it_is_needed(api: httpx.Client) -> None:
+    answer = api.post("/dispatches")
+    assert answer.status_code == 422 and answer.json()["error"].startswith("the body must be a JSON object")
+    answer = api.post("/sources/nobody/retry")  # of all its units
+    assert answer.status_code == 404 and answer.json()["error"].startswith("no source named nobody")
+
+
 def test_targets_come_and_go_and_secrets_stay(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     cloud = {"type": "s3", "bucket": "studies", "access_key_id": "AK", "secret_access_key": "${HOME} swordfish"}

@@ -78,7 +78,12 @@ def add_to(app: FastAPI) -> None:
 
     async def invalid(request: Request, exc: Exception) -> JSONResponse:
         errors: Sequence[Mapping[str, Any]] = exc.errors() if isinstance(exc, RequestValidationError) else ()
-        plain = [{**one, "loc": one["loc"][1:]} for one in errors if one["type"] not in _NO_JSON]
+        none = ("body",), "missing"
+        plain = [
+            {**one, "loc": one["loc"][1:]}
+            for one in errors
+            if one["type"] not in _NO_JSON and (one["loc"], one["type"]) != none
+        ]
         return said(WRONG, what_is_wrong(plain, {}) or "the body must be a JSON object (Content-Type application/json)")
 
     async def http(request: Request, exc: Exception) -> JSONResponse:

@@ -184,11 +184,11 @@ async def sweep_source(asked: Asked, name: str) -> dict[str, Any]:
 
 
 @needs(Role.OPERATOR)
-async def retry_source(asked: Asked, name: str, body: RetryUnits) -> dict[str, Any]:
+async def retry_source(asked: Asked, name: str, body: RetryUnits | None = None) -> dict[str, Any]:
     """Have units that failed, or are held, dispatched again."""
     from talaria.service import sources
 
-    return await sources.retry_source(await asked(), name, body.unit)
+    return await sources.retry_source(await asked(), name, body.unit if body else "")
 
 
 def add_to(app: FastAPI) -> None:
