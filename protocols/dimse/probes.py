@@ -19,7 +19,7 @@ from transfer.errors import Busy, Misconfigured
 Answer = dict[str, Any]
 Keys = dict[str, str]
 
-MOST_PROBED = 5000  # answers; whether more than these are all is not looked into
+MOST_PROBED = 50_000  # answers; whether more than these are all is not looked into, as it takes as long once more
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ query on this side, by the rules of `imaging.match`; an answer that may be cut s
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from protocols.dimse.lone import studies_of
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
 from protocols.dimse.unsaid import DESCRIPTIONS, UnsaidDescriptions
 from protocols.dimse.unshown import UID_LIST, UnshownLetters
-from protocols.dimse.whole import HasMore, WholeSearch
+from protocols.dimse.whole import LEAST, HasMore, WholeSearch
 from protocols.dimse.wording import worded
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
@@ -35,6 +36,7 @@ Answer = dict[str, Any]
 
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
 EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
+CONFIRMED = 2  # studies with as many series as parts of them bring, after which so many are no limit
 MOST_STALE = 3  # studies that announce more series than they have, after which a peer's counts say nothing
 
 
@@ -50,6 +52,8 @@ class PeerSearch:
         self._beside = SideBySide(self, finder, self._another, associations)
         self._refused: set[str] = set()  # optional keys that this peer doesn't take
         self._whole = WholeSearch(self._at_study_level, finder.peer.where, stops=finder.root != PATIENT_ROOT_FIND)
+        self._most_series = 0  # the most that the peer has given of a study
+        self._were_all = Counter[int]()  # studies by number of series, where parts showed that these were all
         self._stale = 0  # studies that announced more series than there were
         self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
         self._charsets: dict[str, str] = {}  # in which it was found, by PatientID
@@ -170,19 +174,25 @@ class PeerSearch:
         first = list(unique.values())
         announced = count(study.get("NumberOfStudyRelatedSeries")) or 0
         at_limit = cut or len(first) in CAPS
-        if not cut and (len(first) >= announced or not first or (self._stale >= MOST_STALE and not at_limit)):
+        # Of a peer that doesn't count, as many as it has ever given may be all that it gives at once.
+        most = max(LEAST, self._most_series)
+        doubtful = cut or (not announced and len(first) >= most and self._were_all[len(first)] < CONFIRMED)
+        self._most_series = max(self._most_series, len(first))
+        stale = self._stale >= MOST_STALE and not at_limit
+        if not doubtful and (len(first) >= announced or not first or stale):
             return first
         parts = InParts(lambda more: self.answers("SERIES", keys | more, SERIES_FIELDS), first, announced or None)
         parts.by_modality(text(study.get("ModalitiesInStudy")).split("\\"))
         if not parts.whole:
             parts.by_number()
-        if not parts.whole and not (cut and parts.exhausted):
-            if parts.cut or (at_limit and not parts.heeded) or cut:
+        if not parts.whole and not ((cut or not announced) and parts.exhausted):
+            if parts.cut or cut or (at_limit and not parts.heeded and announced):
                 more = f": it announces {announced}" if announced else ""
                 raise HasMore(
                     f"{self.finder.peer.where}: the peer gives {len(parts.found)} series of a study and has more{more}"
                 )
-            self._stale += 1
+            self._stale += bool(announced)
+        self._were_all[len(first)] += not parts.cut
         return list(parts.found.values())
 
     def _passes(self, found: Answer, tests: Mapping[str, Test], doubts: UnshownLetters) -> bool:

@@ -72,6 +72,25 @@ def test_series_beyond_a_limit_are_found_by_modality() -> None:
         assert len(peer.asked(FIND)) == 6  # studies, series, each modality
 
 
+UNCOUNTED = frozenset(("NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances"))
+
+
+@pytest.mark.parametrize("limit", [5, 7, 11])
+def test_series_beyond_a_limit_are_found_though_the_peer_counts_none(limit: int) -> None:
+    made = [file for count in (limit, 12) for file in series(count, SeriesNumber=lambda n: n + 1)]
+    with archive(made, limit=limit, leaves_out=UNCOUNTED) as peer:
+        assert len(found(peer, Query(level="series"))) == limit + 12
+
+
+def test_that_uncounted_series_are_all_is_asked_twice_for_as_many() -> None:
+    made = [file for count in (6, 6, 4, 6) for file in series(count, SeriesNumber=lambda n: n + 1)]
+    with archive(made, leaves_out=UNCOUNTED) as peer:
+        assert len(found(peer, Query(level="series"))) == 22
+        assert (
+            len([one for one in peer.asked(FIND) if one.level == "SERIES"]) == 4 + 2 * 2
+        )  # two numbers behind the last
+
+
 @pytest.mark.parametrize("ignored", ["SeriesNumber", ""])
 def test_series_that_a_peer_does_not_give_are_an_error(ignored: str) -> None:
     # All of one number, two of another: that shows the limit, and no key tells the others apart.

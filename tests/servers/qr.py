@@ -265,7 +265,7 @@ class _Connection(Connection):
         for element in keys:
             keyword, wanted = element.keyword, element.value
             unheeded = ("QueryRetrieveLevel", "SpecificCharacterSet", *self.peer.ignores, *self.peer.blanks)
-            if not wanted or keyword in unheeded:
+            if (not wanted and wanted != 0) or keyword in unheeded:
                 continue
             if only and keyword not in only:
                 continue
