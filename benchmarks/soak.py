@@ -1,10 +1,14 @@
 """Live targets beside dead ones: how much of their throughput is left.
 
-    python -m benchmarks.soak [--each 20] [--rounds 3]
+    python -m benchmarks.soak [--each 20] [--rounds 3] [--one-client]
 
 Dispatches of one small CT image to six folders, in any order; in every other round as many go to a target that refuses
 connections, and to one that accepts them and says nothing, among them. Time is from the first creation of a run until
 the last one to a folder has ended, by its own time. Aim: at least 0.9 of the rate without the dead ones.
+
+Two clients create them at once: one those to folders, the other those to dead targets. A single one (--one-client),
+which waits for each answer, asks for a third more where the dead are among them, and takes most of the time for that:
+then it is its own rate that is measured. How long those to folders took to create is said as well.
 
 CPU is that of server and worker together, creation and what is sent in bulk afterwards included: for a dispatch to a
 folder, and for one to a dead target, which is what the round with them takes more. In the first such round it is found
@@ -18,6 +22,9 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,21 +45,45 @@ def cpu(up: Talaria) -> float:
     return sum(one.user + one.system + one.children_user + one.children_system for one in found)
 
 
-def measured(up: Talaria, sources: list[Path], targets: list[str]) -> tuple[float, float]:
-    """Send each study to each target, in any order.
+@dataclass
+class Measured:
+    """What a round has shown.
 
-    Returns:
-        Dispatches a second to those that live, and the seconds of CPU until the others wait.
+    Attributes:
+        rate: dispatches a second to targets that live.
+        used: seconds of CPU until all others wait.
+        created: seconds until the last one to a target that lives was created.
     """
+
+    rate: float
+    used: float
+    created: float
+
+
+def measured(up: Talaria, sources: list[Path], targets: list[str], *, one_client: bool = False) -> Measured:
+    """Send each study to each target, in any order."""
     used = cpu(up)
     order = [(name, source) for name in targets for source in sources]
     random.Random(14).shuffle(order)
     deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
-    begun, living, waiting = time.time(), list[str](), list[str]()
-    for name, source in order:
-        asked = {"paths": [str(source)], "targets": [name], "force": True}
-        made = up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked)
-        (living if name in LIVE else waiting).append(str(made["id"]))
+    begun = time.time()
+
+    def create(chosen: Sequence[str]) -> tuple[dict[str, list[str]], float]:
+        """Create the dispatches to some targets; return their ids, by target, and when the last one was there."""
+        made, last = {name: list[str]() for name in chosen}, begun
+        for name, source in order:
+            if name in chosen:
+                asked = {"paths": [str(source)], "targets": [name], "force": True}
+                run = up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked)
+                made[name].append(str(run["id"]))
+                last = time.time() if name in LIVE else last
+        return made, last
+
+    with ThreadPoolExecutor() as clients:
+        parts = [targets] if one_client else [LIVE, [name for name in targets if name in DEAD]]
+        found = [*clients.map(create, parts)]
+    made = {name: runs for one, _ in found for name, runs in one.items()}
+    living, waiting = ([run for name in kind for run in made.get(name, ())] for kind in (LIVE, DEAD))
 
     def until(runs: list[str], **state: list[str]) -> dict[str, Any]:
         wanted = {"id": {"any_": runs}, "state": {key: {"any_": value} for key, value in state.items()}}
@@ -64,13 +95,15 @@ def measured(up: Talaria, sources: list[Path], targets: list[str]) -> tuple[floa
     (last,) = up.api("POST", "/flow_runs/filter", flow_runs=ended, sort="END_TIME_DESC", limit=1)
     until(waiting, name=["AwaitingRetry"])
     time.sleep(SETTLE_S)
-    return len(living) / (datetime.fromisoformat(last["end_time"]).timestamp() - begun), cpu(up) - used
+    rate = len(living) / (datetime.fromisoformat(last["end_time"]).timestamp() - begun)
+    return Measured(rate, cpu(up) - used, found[0][1] - begun)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one-client", action="store_true", help="let one client create all, one after another")
     given = parser.parse_args()
     print(machine())
     with (
@@ -88,16 +121,21 @@ def main() -> None:
         folders = {one: {"type": "folder", "folder": str(root / one), "max_dispatches": AT_ONCE} for one in LIVE}
         up.apply(**folders, refusing=dead | {"port": 1}, hanging=dead | {"port": port})
         measured(up, sources[:1], LIVE)  # what is loaded at first use is loaded
-        print(
-            "| dispatches/s alone | beside the dead | ratio | CPU s, a live one | a dead one |\n|---|---|---|---|---|"
+        columns = (
+            "dispatches/s alone | beside the dead | ratio | created in s | beside | CPU s, a live one | a dead one"
         )
+        print(f"| {columns} |\n|---|---|---|---|---|---|---|")
         ratios = []
         for _ in range(given.rounds):
-            alone, used = measured(up, sources, LIVE)
-            beside, with_dead = measured(up, sources, [*LIVE, *DEAD])
-            ratios.append(beside / alone)
-            live, dead_one = used / len(sources) / len(LIVE), (with_dead - used) / len(sources) / len(DEAD)
-            print(f"| {alone:.2f} | {beside:.2f} | {ratios[-1]:.2f} | {live:.3f} | {dead_one:.3f} |", flush=True)
+            alone = measured(up, sources, LIVE, one_client=given.one_client)
+            beside = measured(up, sources, [*LIVE, *DEAD], one_client=given.one_client)
+            ratios.append(beside.rate / alone.rate)
+            live = alone.used / len(sources) / len(LIVE)
+            dead_one = (beside.used - alone.used) / len(sources) / len(DEAD)
+            shown = (
+                f"{alone.rate:.2f} | {beside.rate:.2f} | {ratios[-1]:.2f} | {alone.created:.1f} | {beside.created:.1f}"
+            )
+            print(f"| {shown} | {live:.3f} | {dead_one:.3f} |", flush=True)
         print(f"\nmedian {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), aim {AIM}")
 
 
