@@ -221,6 +221,9 @@ def server_environment(home: Home, url: str) -> dict[str, str]:
         # Else each change of a task run's state is a transaction of its own.
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+        # Each look costs more than what it finds: pauses whose time is over, and runs that have not begun in time.
+        "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_LOOP_SECONDS": "20",
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "20",
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "false",
         "PREFECT_EVENTS_MAXIMUM_WEBSOCKET_BACKFILL": f"PT{EVENTS_S}S",
         # Also a request that the gate forgot would need it.

@@ -49,6 +49,7 @@ def create_app() -> tuple[Application, Any]:
     leaner.look_up_the_database_once()
     leaner.check_schemas_once()
     leaner.write_events_alike()
+    leaner.look_for_due_tasks_seldom()
     prefect = prefects_own()
     leaner.look_at_requests_plainly(prefect)
     leaner.note_polls_seldom(prefect)

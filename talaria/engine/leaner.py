@@ -12,6 +12,7 @@ import hmac
 import json
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from starlette.middleware import Middleware
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 OPEN = ("/health", "/ready")  # below Prefect's API, for probes: they need no password
 TYPE, TOKEN = "default_content_type", "token_validation"  # names of the functions that look at each request
 MOST = 64  # schemas of parameters that are known to be valid, and sets of queues that are known to be polled
+DUE_S = 1.0  # between two looks for tasks of the server's whose time has come, some 40 a minute
 POLLED_S = 10.0  # for which queues and deployments count as just polled; after 60 Prefect takes them for not ready
 
 
@@ -127,6 +129,19 @@ async def _write_events(session: AsyncSession, events: list[ReceivedEvent]) -> N
                 # Else it would be made into one statement of all rows again.
                 insert = db.queries.insert(table).execution_options(dml_strategy="raw")
                 await session.execute(insert, rows)
+
+
+def look_for_due_tasks_seldom() -> None:
+    """Let the server look each DUE_S for its own tasks that are to begin at a time, and not four times a second.
+
+    A look costs a script of Redis's, in Python: a tenth of what an idle server took. What is to begin at once does so.
+    """
+    from prefect.server.api import background_workers
+
+    theirs: Any = vars(background_workers)["Worker"]
+    if not isinstance(theirs, functools.partial):
+        seldom = functools.partial(theirs, scheduling_resolution=timedelta(seconds=DUE_S))
+        _replace(background_workers, "Worker", seldom)
 
 
 def note_polls_seldom(prefect: Any) -> None:

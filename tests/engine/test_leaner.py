@@ -21,11 +21,12 @@ from uuid import uuid4
 import httpx
 import pytest
 from aiosqlite.core import Connection
+from docket import Docket, Worker
 from fastapi import Depends, FastAPI
 from fastapi.dependencies import utils
 from prefect import flow, results
+from prefect.server.api import background_workers, work_queues
 from prefect.server.api import dependencies as api_dependencies
-from prefect.server.api import work_queues
 from prefect.server.api import workers as polls
 from prefect.server.api.flow_runs import delete_flow_run_logs
 from prefect.server.database import dependencies
@@ -57,6 +58,7 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         (dependencies, ("provide_database_interface",)),
         (events, ("_write_sqlite_events",)),
         (validation._VALIDATOR, ("check_schema",)),
+        (background_workers, ("Worker",)),
         (results, ("resolve_result_storage",)),
     ):
         for name in names:
@@ -357,3 +359,27 @@ def test_polls_are_noted_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> Non
     assert polled(queue, ready=(queue,)) == [every[0], every[2]]  # it was not ready: that is noted at once
     monkeypatch.setattr(leaner, "POLLED_S", 0.0)
     assert polled(other) == every and polled(other) == every
+
+
+def test_tasks_that_are_due_are_looked_for_seldom_and_what_is_not_begins_at_once() -> None:
+    assert vars(background_workers)["Worker"] is Worker
+    leaner.look_for_due_tasks_seldom()
+    leaner.look_for_due_tasks_seldom()
+
+    async def looks() -> tuple[timedelta, bool]:
+        began = asyncio.Event()
+
+        async def task() -> None:
+            began.set()
+
+        async with (
+            Docket(name=f"talaria-{uuid4()}", url="memory://") as docket,
+            background_workers.Worker(docket) as one,
+        ):
+            working = asyncio.create_task(one.run_forever())
+            await docket.add(task)()
+            await began.wait()
+            working.cancel()
+            return one.scheduling_resolution, began.is_set()
+
+    assert asyncio.run(looks()) == (timedelta(seconds=leaner.DUE_S), True)
