@@ -17,7 +17,7 @@ from typing import Any
 from transfer.home import Home
 from transfer.live import replace
 
-FULL = "accepts nothing: the disk of the state directory has too little room"
+FULL = "accepts nothing: the disk of the state directory has too little room, or can't be used"
 STALE_S = 60.0  # after which a listener that has not written its file counts as gone; it writes each few seconds
 
 

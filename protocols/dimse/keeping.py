@@ -135,6 +135,7 @@ class Receiving:
         self._heard: dict[ReceivedUnit, float] = {}
         self._touched: dict[ReceivedUnit, float] = {}  # as still being received, within the last TOUCH_S
         self._shared, self._seen = versions, b""
+        self._device = -1  # that the folder was on when it was found
         self._versions: dict[ReceivedUnit, int] = {}  # the highest, by the first; of the few that have any
 
     def begin(self) -> None:
@@ -144,6 +145,7 @@ class Receiving:
             OSError: it can't be written to.
         """
         self.way = durable.way_of(self.spool.folder)
+        self._device = self.spool.folder.stat().st_dev
 
     def visit(self, caller: Caller) -> SpoolVisit:
         """Return what an association that was admitted belongs to."""
@@ -155,7 +157,7 @@ class Receiving:
     def has_room(self) -> bool:
         """Return True if the disk has more room than is to be kept free."""
         try:
-            disk = os.statvfs(self.spool.folder)
+            disk = self._disk()
         except OSError:
             self.full = True
             return False
@@ -166,6 +168,21 @@ class Receiving:
     def isbusy(self) -> bool:
         """Whether this process serves more than one association for the source."""
         return len(self._visits) > 1
+
+    def _disk(self) -> os.statvfs_result:
+        """Return how full the folder's disk is; make the folder if somebody has removed it.
+
+        Raises:
+            OSError: it can't be looked at, or made, or its file system is not mounted any more.
+        """
+        folder = self.spool.folder
+        try:
+            return os.statvfs(folder)
+        except FileNotFoundError:
+            if folder.parent.parent.stat().st_dev != self._device:
+                raise
+            self.spool.prepare()
+            return os.statvfs(folder)
 
     def left(self, visit: SpoolVisit) -> None:
         """Note that an association is over."""

@@ -167,6 +167,21 @@ def test_a_folder_that_was_delivered_and_removed_is_made_again(tmp_path: Path) -
         assert set(lying(there.folder)) == {str(ds.SOPInstanceUID)}
 
 
+def test_a_folder_that_somebody_has_removed_is_made_again(tmp_path: Path) -> None:
+    """The source refused everybody until the listener was restarted, as if its disk were full."""
+    ds = studies.dataset()
+    with listening(tmp_path / "home") as there:
+        for folder in (there.folder, there.folder.parent):
+            shutil.rmtree(folder)
+            assoc = associated(there.port)
+            assert stored(assoc, ds) == 0
+            assoc.release()
+            assert set(lying(there.folder)) == {str(ds.SOPInstanceUID)}
+        shutil.rmtree(there.folder.parent)
+        there.reception._device += 1  # another file system lies in the place of the one that was there
+        assert refusal(there.port) == (2, 3, 1) and not there.folder.exists()
+
+
 def test_a_remover_and_many_senders_lose_nothing(tmp_path: Path) -> None:
     """Somebody removes each unit as soon as it is empty, while 8 associations add to it: all that was answered 0000."""
     taken: set[str] = set()
