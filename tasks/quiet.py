@@ -32,13 +32,13 @@ from transfer.errors import (
 )
 from transfer.oserrors import ITEM_ERRORS
 from transfer.outcome import UNSENT, Kind, Outcome
-from transfer.plan import CHANGED, LEADS_OUT, Plan
+from transfer.plan import CHANGED, LEADS_OUT, TOO_LATE, Plan
 
 USERS = ("user", "http_user", "client_id", "access_key_id")  # fields that stand before a secret in credentials
 MAX_NUMBER_CHARS = 3  # a patient's number so short is also a status, a count, a port
 # Status codes of HTTP and DICOM (PS3.7 annex C): they say why, and are nobody's words.
 _CODE = re.compile(r"(?<=status )[1-5][0-9]{2}\b|(?<=: )[1-5][0-9]{2}\b|\b(?:0x)?(?:[A-CF][0-9A-F]|01|02)[0-9A-F]{2}\b")
-_OWN = frozenset((*ITEM_ERRORS.values(), CHANGED, LEADS_OUT, UNSENT.detail, ""))
+_OWN = frozenset((*ITEM_ERRORS.values(), CHANGED, LEADS_OUT, TOO_LATE, UNSENT.detail, ""))
 # The most specific first.
 _MEANING: tuple[tuple[type[DispatchError], str], ...] = (
     (Unreachable, "no connection could be made"),

@@ -6,6 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 
+LAST_NS = 2**63 - 1  # of the year 2262: what the ledger keeps of a time
 _BITS = 128
 
 
@@ -44,5 +45,5 @@ class Fingerprint:
 
 
 def _mark(path: str, size: int, mtime_ns: int) -> int:
-    data = b"%b\0%d\0%d" % (os.fsencode(path), size, mtime_ns)
+    data = b"%b\0%d\0%d" % (os.fsencode(path), size, min(mtime_ns, LAST_NS))
     return int.from_bytes(hashlib.blake2b(data, digest_size=_BITS // 8).digest(), "big")

@@ -19,6 +19,7 @@ from imaging.header import Damaged, Header, NotDicom, read_header
 from transfer import roots
 from transfer.beneath import PATH_ONLY, is_link_error, resolved
 from transfer.errors import Misconfigured, NotFound, Rejected
+from transfer.fingerprint import LAST_NS
 from transfer.globs import excluded, is_excluded
 from transfer.item import Item as Item
 from transfer.outcome import ALREADY, Outcome
@@ -30,6 +31,7 @@ from transfer.watch import Watch
 BATCH_FILES = 64  # headers that are read between two looks at whether to stop
 HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
 LEADS_OUT = "a symbolic link that leads out of the source"
+TOO_LATE = "its time of modification lies after the year 2262"
 CHANGED = "changed since the dispatch was planned"
 DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
 # Our own traces in a folder that a target wrote or that is being written: never data.
@@ -316,6 +318,8 @@ class _Scan:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):  # since it was looked at
                 return Item(relative, 0, 0, problem="not a regular file")
+            if info.st_mtime_ns > LAST_NS:
+                return Item(relative, info.st_size, LAST_NS, problem=TOO_LATE)
             watch = self.watch.add(path)
             header, why, damaged = None, "", False
             try:

@@ -62,6 +62,20 @@ def test_each_folder_is_sent_once(bench: Bench) -> None:
     assert names(bench.inbox) == {f"s{n}/{one.name}" for n in range(3) for one in (bench.inbox / f"s{n}").iterdir()}
 
 
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_a_time_that_nothing_can_keep_stops_no_other(bench: Bench, unit: str) -> None:
+    """As a wrong clock, or a share's server, gives a file: it is rejected, and what lies beside it is sent."""
+    bench.source = bench.named(unit=unit)
+    for number in range(2):
+        material.ct(bench.inbox / f"s{number}", 2)
+    late = bench.inbox / "s0" / "CT0001.dcm"
+    os.utime(late, ns=(0, 2**63 + 10**18))
+    assert late.stat().st_mtime_ns > 2**63, "the file system keeps it"
+    bench.all()
+    assert sorted(bench.states().values()) == ["done", "failed"] and delivered(bench) == 3
+    assert not bench.sweep().runs
+
+
 def test_what_may_still_be_written_to_waits(bench: Bench) -> None:
     bench.source = bench.named(settle_s=1000)
     material.ct(bench.inbox / "copied", 1)

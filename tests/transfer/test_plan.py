@@ -144,6 +144,17 @@ def test_damaged_files_keep_their_reason(tmp_path: Path) -> None:
 # ---- what is refused
 
 
+def test_a_time_that_the_ledger_can_not_keep(tmp_path: Path) -> None:
+    first, second = studies.ct(tmp_path, 2)
+    os.utime(first, ns=(0, 2**63 + 10**18))
+    os.utime(second, ns=(0, -(10**18)))
+    assert first.stat().st_mtime_ns > 2**63, "the file system keeps it"
+    late, early = scan([tmp_path]).items
+    assert late.problem == "its time of modification lies after the year 2262"
+    assert (early.problem, early.mtime_ns) == ("", -(10**18))
+    assert Item("a", 1, 2**64).mtime_ns == 2**63 - 1
+
+
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "x\0y", "/etc/passwd/x", "n" * 300])
 def test_a_path_that_does_not_exist(path: str) -> None:
     with pytest.raises(NotFound):
