@@ -247,7 +247,11 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
 
 
 def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str, Any]:
-    """Return a result in which nothing waits any more, if its run was cancelled while it waited, or was given up."""
+    """Return a result in which nothing waits any more, if its run was cancelled while it waited, or was given up.
+
+    Of a run that failed before it came to its targets, as a retry whose files are gone, it says why: its receipts are those
+    of the time before.
+    """
     state = flow_run.state
     if state is None or state.is_completed() or not is_over(state):
         return document
@@ -257,6 +261,10 @@ def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str,
         if state.is_cancelled():  # which was too late where all had been delivered
             return document if document["state"] == "delivered" else document | {"state": "cancelled"}
         return given_up(document, state.message or "failed") if document["waiting"] else document
+    targets = document["targets"].items() if kind == "dispatch" else ()
+    of_them = tuple(f"{name} {one['state']}: " for name, one in targets)
+    if of_them and not state.is_cancelled() and not (state.message or "").startswith(of_them):
+        document = document | {"error": state.message}
     parts = [document]
     for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():
         parts += [one, *one["targets"].values()]

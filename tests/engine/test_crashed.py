@@ -175,6 +175,21 @@ def test_nothing_waits_of_a_dispatch_that_was_given_up() -> None:
     assert result["studies"][0]["reason"] == "given up: look why"
 
 
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("/in/study: no such file or folder", "/in/study: no such file or folder"),
+        ("pacs partial: 1 delivered, 1 rejected; archive failed: nothing, refused", None),
+    ],
+)
+def test_a_retry_that_did_not_come_to_its_targets_says_why(message: str, error: str | None) -> None:
+    """Beside its receipts, which are of the time before."""
+    targets = {"pacs": {"state": "partial", "error": None}, "archive": {"state": "failed", "error": "refused"}}
+    document = {"state": "partial", "targets": targets}
+    result = settled(FlowRun(flow_id=uuid4(), state=Failed(message=message)), "dispatch", document)
+    assert (result.get("error"), result["targets"]) == (error, targets)
+
+
 @pytest.mark.timeout(600)
 def test_a_run_at_which_its_worker_dies_once_more_ends_for_who_follows_it(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 40)
