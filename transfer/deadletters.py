@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
@@ -25,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from imaging.header import BEGINNING_BYTES, other_instance
 from transfer import roots
 from transfer.errors import Busy, NotFound
 from transfer.home import Home
@@ -58,7 +60,10 @@ def keep(home: Home, run_id: str, plan: Plan, source: Path) -> str:
 
 
 def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
-    """Return what to read instead of a run's paths: what was kept, if the source has not all of it any more."""
+    """Return what to read instead of a run's paths: what was kept, if the source has not all of it any more.
+
+    It has not where other instances have come into the place of some: a sender may give each study the same names.
+    """
     folder = _folder(home, run_id)
     files = folder / FILES
     try:
@@ -67,10 +72,24 @@ def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
         return list(paths)
     for above, _, names in os.walk(files):
         there = os.path.join(source, os.path.relpath(above, files))
-        if not all(os.path.lexists(os.path.join(there, name)) for name in names):
+        if not all(_is_there(os.path.join(above, name), os.path.join(there, name)) for name in names):
             os.utime(folder)  # it is wanted: the time of its retention begins anew
             return [str(files)]
     return list(paths)
+
+
+def _is_there(kept: str, place: str) -> bool:
+    """Return True if the place of a kept file has it, perhaps another content of it by now."""
+    try:
+        ours, now = os.stat(kept), os.stat(place)
+        if os.path.samestat(ours, now):
+            return True
+        if not stat.S_ISREG(now.st_mode):
+            return False
+        with open(kept, "rb") as file, open(os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as other:
+            return not other_instance(file.read(BEGINNING_BYTES), other.read(BEGINNING_BYTES))
+    except OSError:
+        return False
 
 
 def lend(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:

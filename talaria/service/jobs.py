@@ -249,8 +249,8 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
 def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str, Any]:
     """Return a result in which nothing waits any more, if its run was cancelled while it waited, or was given up.
 
-    Of a run that failed before it came to its targets, as a retry whose files are gone, it says why: its receipts are those
-    of the time before.
+    Of a run that failed before it came to its targets, as a retry whose files are gone, it says why: its receipts are
+    those of the time before.
     """
     state = flow_run.state
     if state is None or state.is_completed() or not is_over(state):

@@ -52,6 +52,22 @@ def test_what_was_kept_is_read_as_the_dispatch_that_it_was(home: Home, tmp_path:
     assert deadletters.instead(home, RUN, [str(source)]) == [str(source)]
 
 
+def test_another_study_in_the_place_of_what_was_given_up_is_not_sent_for_it(home: Home, tmp_path: Path) -> None:
+    """A sender may give each study the same names; a file that was mended meanwhile is still the one."""
+    files = studies.ct(tmp_path / "study", 2)
+    plan, asked = given_up(home, tmp_path / "study"), [str(tmp_path / "study")]
+    mended = files[0].with_suffix(".new")
+    mended.write_bytes(files[0].read_bytes()[:-2] + b"xx")
+    mended.replace(files[0])
+    assert deadletters.instead(home, RUN, asked) == asked
+    files[1].unlink()
+    studies.ct(tmp_path / "study", 1, first=2)
+    assert scan(deadletters.instead(home, RUN, asked)).items == plan.items
+    files[1].unlink()
+    os.mkfifo(files[1])
+    assert scan(deadletters.instead(home, RUN, asked)).items == plan.items
+
+
 def test_what_fails_again_from_what_was_kept_stays_kept(home: Home, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 2)
     given_up(home, tmp_path / "study")
