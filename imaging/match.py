@@ -17,7 +17,7 @@ from imaging.query import Query, listed
 
 Test = Callable[[str], bool]
 
-_DATE = re.compile(r"(\d{4}(?:\d{2}){0,2})?(-)?(\d{4}(?:\d{2}){0,2})?")
+_DATE = re.compile(r"(\d{4}(?:\d{2}){0,2})?(-)?(\d{4}(?:\d{2}){0,2})?", re.ASCII)
 
 
 def of_study(query: Query) -> Iterator[tuple[str, Test]]:

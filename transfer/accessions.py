@@ -26,7 +26,7 @@ _BLANK_LINES = re.compile(r"\A(?:[ \t,;]*\r?\n)+")
 MOST_ABOVE = 20  # lines above a table, as a report's title
 _AS_TEXT = re.compile(r'(?<![^\s,;"])="([^"\n\r]*)"')  # how spreadsheets write a text that looks like a number: ="0012"
 _TWO_WORDS = re.compile(
-    r"^[\s\"']*(accession|acc\.?)[ _\u00a0]+(numbers?|no\.?|nr\.?|id|#)[\"']?[^\S\n\r]*(?::|(?=[\n\r,;\t]))",
+    r"^[\s\"']*(accession|acc\.?)[ _\u00a0]+(numbers?|no\.?|nr\.?|id|#)[\"']?[^\S\n\r]*(?::|(?=[\n\r,;\t])|\Z)",
     re.IGNORECASE | re.MULTILINE,
 )
 _SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
@@ -39,8 +39,12 @@ STANDARD_INPUT = Path("-")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
+class NoNumbers(Misconfigured):
+    """A list that should have accession numbers has none."""
+
+
 def accessions(text: str) -> tuple[str, ...]:
-    """Return the accession numbers of a text, each once, in order.
+    """Return the accession numbers of a text, each once, in order; none of a blank one.
 
     Separated by commas, semicolons, blanks, tabs or new lines; quotes around one, byte-order marks and the title of a
     column are dropped. In double quotes a number may hold blanks and commas.
@@ -48,6 +52,7 @@ def accessions(text: str) -> tuple[str, ...]:
     Raises:
         Misconfigured: a value is not an accession number (too long, or with control characters or a backslash), or no
             longer one (1.23E+11); or the text is a table that doesn't say which column is meant.
+        NoNumbers: there is a title alone, or signs: a search without numbers would find everything.
     """
     text = _BLANK_LINES.sub("", _SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff"))))
     if "|" in text and _RULE.search(text):  # as wikis and databases print tables
@@ -64,9 +69,15 @@ def accessions(text: str) -> tuple[str, ...]:
     _check_shortened("\n".join(column) if column else text)
     found = dict.fromkeys(_checked(column or _values(text)))
     first = next(iter(found), "")
-    if _is_title(first) and not re.search(r"\d", first) and len(found) > 1:
+    if _is_title(first) and not re.search(r"\d", first):
         del found[first]
+    if not found and BETWEEN.sub("", text).strip(QUOTES):
+        raise _no_numbers()
     return tuple(found)
+
+
+def _no_numbers() -> NoNumbers:
+    return NoNumbers("the list holds no accession number: those have letters or digits")
 
 
 def _check_list(text: str) -> None:
@@ -153,6 +164,8 @@ def _column(text: str) -> list[str]:
         if len(rows) < 2:
             if rows and not any(map(_is_title, rows[0])):
                 check(rows, sign)
+            elif rows and len(rows[0]) > 1 and not re.search(r"\d", "".join(rows[0])):
+                raise _no_numbers()  # titles, and nothing below them
             continue
         titled = _titled_column(rows)
         if titled:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from imaging.header import UID
 from imaging.query import Query
 from transfer.accessions import BETWEEN, UNSEEN
 from transfer.errors import Misconfigured
+
+MOST_CHARS = 1000  # of a value; DICOM's own limits are lower, and archives exceed them
+_DASHES = re.compile(r"\s*[-\u2010-\u2015\u2212]\s*")
 
 
 def given(values: Iterable[str]) -> list[str]:
@@ -33,21 +38,34 @@ def query_of(
     Raises:
         Misconfigured: a value can't be what its field is for.
     """
-    codes = UNSEEN.sub("", modality).strip()
+    codes = _text(modality, "a modality")
     if not codes.isascii():
         raise Misconfigured("a modality is a code in Latin letters, as CT: one of these letters is none, or not seen")
     return Query(
         AccessionNumber=accessions,
-        PatientID=patient_id.strip(),
-        PatientName=patient_name.strip(),
+        PatientID=_text(patient_id, "a patient's ID"),
+        PatientName=_text(patient_name, "a patient's name"),
         StudyInstanceUID=_uids(study_uids),
         SeriesInstanceUID=_uids([series_uid]),
-        StudyDate=study_date.strip(),
+        # As it is pasted, with another dash or between blanks, and as it is typed in Japanese.
+        StudyDate=_DASHES.sub("-", unicodedata.normalize("NFKC", _text(study_date, "a study date"))),
         Modality=codes,
-        StudyDescription=tuple(one for one in study_descriptions if one.strip()),
-        SeriesDescription=tuple(one for one in series_descriptions if one.strip()),
+        StudyDescription=tuple(one for one in study_descriptions if _text(one, "a description")),
+        SeriesDescription=tuple(one for one in series_descriptions if _text(one, "a description")),
         level=level,
     )
+
+
+def _text(value: str, what: str) -> str:
+    """Return a value without blanks around it, and without marks for the direction of writing.
+
+    Raises:
+        Misconfigured: it can't be one.
+    """
+    value = UNSEEN.sub("", value).strip()
+    if len(value) > MOST_CHARS or not value.isprintable():
+        raise Misconfigured(f"{what} has at most {MOST_CHARS} characters, and none that can't be printed")
+    return value
 
 
 def _uids(given: Iterable[str]) -> str:

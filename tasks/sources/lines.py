@@ -19,7 +19,7 @@ from blocks.list_source import ListSource
 from tasks.sources.units import Unit
 from tasks.sources.writers import is_written
 from transfer import roots
-from transfer.accessions import BOMS, accessions, of_cells, text_of
+from transfer.accessions import BOMS, NoNumbers, accessions, of_cells, text_of
 from transfer.columns import DoubtfulColumn
 from transfer.errors import Busy, Denied, DispatchError, Misconfigured
 from transfer.ledger import Ledger
@@ -89,6 +89,8 @@ def _listed(text: str, source: ListSource) -> Iterator[tuple[str, str]]:
 def _numbers(text: str, source: ListSource) -> tuple[str, ...]:
     try:
         return accessions(text)
+    except NoNumbers:  # yet
+        return ()
     except DoubtfulColumn as exc:
         raise Misconfigured(f"{source.file}: {exc.message}, or name it as the source's column") from exc
 

@@ -7,7 +7,9 @@ import pytest
 from imaging.query import Query
 from talaria.cli.keys import Keys
 from tasks.retrieve.asked import query_of
+from tasks.retrieve.wish import Wish
 from transfer.errors import Misconfigured
+from transfer.query import study_tests
 
 
 def test_options_list_descriptions_and_the_api_takes_each_as_it_is() -> None:
@@ -31,3 +33,31 @@ def test_what_mails_add_to_uids_is_dropped_and_what_can_be_no_uid_or_code_is_ref
         with pytest.raises(Misconfigured) as caught:
             query_of(**wrong)
         assert "Müller" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "day"),
+    [
+        ("20240101 - 20240131", "20240101-20240131"),
+        ("20240101\u201320240131", "20240101-20240131"),
+        ("\uff12\uff10\uff12\uff14\uff10\uff11\uff13\uff11", "20240131"),
+        ("\u200e2024-\u200e", "2024-"),
+    ],
+)
+def test_dates_are_taken_as_they_are_pasted_and_typed(given: str, day: str) -> None:
+    made = query_of(study_date=given)
+    assert made.StudyDate == day and study_tests(made)
+
+
+@pytest.mark.parametrize("key", ["patient_id", "patient_name", "modality", "study_date", "study_descriptions"])
+@pytest.mark.parametrize("value", ["a" * 70_000, "Doe\0", "Doe\nX", "\x1b$B", "\udcff"], ids=ascii)
+def test_what_no_value_can_be_is_refused_in_words_and_not_sent(key: str, value: str) -> None:
+    with pytest.raises(Misconfigured, match="has at most 1000 characters, and none that can't be printed") as refused:
+        query_of(**{key: [value] if key == "study_descriptions" else value})
+    assert len(str(refused.value)) < 100
+
+
+def test_a_search_for_what_is_no_number_does_not_ask_for_everything() -> None:
+    """It would have found all, and a retrieval with a date fetched all of that day."""
+    with pytest.raises(Misconfigured, match="holds no accession number"):
+        Wish("pacs", ("archive",), accessions="*", filters=query_of(study_date="20240101")).numbers()

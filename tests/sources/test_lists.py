@@ -103,6 +103,11 @@ def test_a_table_that_does_not_say_where_its_numbers_are_is_refused_and_how_to_n
     assert "1970" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["Accession Number\n", "Name;Accession\n", "", "-\n"])
+def test_a_list_that_has_no_numbers_yet_names_nothing(tmp_path: Path, text: str) -> None:
+    assert lines.lines(listed(tmp_path / "a.csv", text, query="pacs")) == []
+
+
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(Misconfigured, match="none of the 2 columns of its first line is path"):
         lines.lines(listed(tmp_path / "a.csv", "id,place\n1,/a\n", column="path"))

@@ -180,6 +180,14 @@ def test_which_value_is_no_number_is_said_without_it() -> None:
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["***", "%", "-", "\u2014\n\u2014", "Accession Number", "Accession\n\n", '"?"', "\ud800"]
+)
+def test_what_holds_no_number_is_refused_for_it_would_ask_for_everything(text: str) -> None:
+    with pytest.raises(Misconfigured, match="holds no accession number"):
+        accessions(text)
+
+
 def test_two_thousand_in_one_list() -> None:
     numbers = tuple(f"ACC{n:06}" for n in range(2000))
     assert accessions("\n".join(numbers)) == numbers
