@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST = (1 << 31) - 1  # that a value of VR IS can be, PS3.5 table 6.2-1
+
 
 @dataclass(frozen=True)
 class Query:
@@ -72,8 +74,9 @@ def counted(number: int, level: str = "study") -> str:
 
 
 def count(value: Any) -> int | None:
-    """Return a value as a number; None if it is not one."""
+    """Return a number of instances or series; None if a value is none, as -1 is, which some say who don't count."""
     try:
-        return int(str(value))
+        number = int(str(value))
     except ValueError:
         return None
+    return number if 0 <= number <= MOST else None

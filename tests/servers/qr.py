@@ -119,6 +119,7 @@ class Archive(Scp):
         refuses: returns the status to refuse a query with, 0 to answer it.
         answer_charset: how answers are encoded, with ? for what that lacks, and how that is called in them (None: not
             at all).
+        says: what it says for keywords of answers, whatever is true.
         announced_series: how many series it says that each study has; None for the truth.
         ports: of move destinations by AE title.
         store_answers: statuses of C-STORE, in order.
@@ -136,6 +137,7 @@ class Archive(Scp):
     answer_charset: tuple[str, str | None] | None = None
     on_get: Callable[[Request, list[Instance]], Steps] | None = None
     on_move: Callable[[Request, list[Instance]], Steps] | None = None
+    says: dict[str, str] = field(default_factory=dict)
     announced_series: int | None = None
     ports: dict[str, int] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
@@ -240,7 +242,9 @@ class _Connection(Connection):
             keyword = element.keyword
             if keyword in self.peer.leaves_out or keyword == "SpecificCharacterSet":
                 continue
-            if keyword in counted:
+            if keyword in self.peer.says:
+                setattr(answer, keyword, self.peer.says[keyword])
+            elif keyword in counted:
                 above, below = counted[keyword]
                 same = [one.ds for one in self.peer.instances if one.ds.get(above) == first.get(above)]
                 setattr(answer, keyword, len({ds.get(below) for ds in same}))

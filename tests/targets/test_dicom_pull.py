@@ -193,6 +193,17 @@ def test_what_a_peer_never_gives_makes_a_partial_receipt(way: str, tmp_path: Pat
         assert item.sop_instance_uid == lost and "not given" in item.detail
 
 
+@pytest.mark.parametrize("count", ["-1", "0", "1", "2147483648"])
+def test_a_count_that_is_none_keeps_nothing_from_being_asked_for(count: str, tmp_path: Path) -> None:
+    said = dict.fromkeys(("NumberOfSeriesRelatedInstances", "NumberOfStudyRelatedInstances"), count)
+    with archive(study(), says=said) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED, receipt.notes
+        assert_agrees(receipt, tmp_path / "in", peer)
+        found = find(dicom_target(peer.port, aet_target=peer.aet), Query(AccessionNumber=(studies.ACCESSION,)))
+        assert [match.instances for match in found] == [int(count) if len(count) == 1 else None]
+
+
 @pytest.mark.parametrize("lacking", ["counts", "images"])
 def test_a_success_with_nothing_completed_is_not_retrieved(lacking: str, tmp_path: Path) -> None:
     def refuses(request: Request) -> int:
