@@ -333,20 +333,19 @@ def _listen(target: DicomTarget, peer: Peer, report: PushReport) -> Iterator[Lis
     host, port, end = target.storage_commitment_host, target.storage_commitment_port, time.monotonic() + LISTEN_S
     settings = peer.tls if peer.tls and peer.tls.cert else None
 
-    def waits() -> bool:
+    def check() -> None:
         report.check()
-        return time.monotonic() < end
-
-    make = partial(report_listener, host, port, peer.calling)
-    with (
-        shared(Listener, host, port, make, LISTEN_S, report.check) as listener,
-        listener.turns.taken(addresses(peer.host, peer.port), settings, waits) as is_ours,
-    ):
-        if not is_ours:
+        if time.monotonic() >= end:
             raise Misconfigured(
                 f"another target at {peer.host} has other TLS settings, and awaits reports on port {port}: give each "
                 "of them a port of its own (storage_commitment_port)"
             )
+
+    make = partial(report_listener, host, port, peer.calling)
+    with (
+        shared(Listener, host, port, make, LISTEN_S, report.check) as listener,
+        listener.turns.taken(addresses(peer.host, peer.port), settings, check),
+    ):
         yield listener
 
 

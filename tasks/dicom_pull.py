@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from protocols.net.hiding import date_forms, forms
 from protocols.net.words import clean
 from tasks.pulled import compared, of_studies
 from transfer.errors import Misconfigured, NotFound
+from transfer.home import Home
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
@@ -30,10 +32,12 @@ SCP_PORT = 11_112  # unless TALARIA_SCP_PORT says otherwise; registered for DICO
 
 def destination() -> MoveDestination:
     """Return the destination of C-MOVE, from the settings `scp_aet`, `scp_port` and `scp_host`."""
+    port = int(os.environ.get("TALARIA_SCP_PORT", SCP_PORT))
+    line = None
+    with suppress(OSError):  # without a state directory, nobody else is known of
+        line = Home.current().root / f"scp-{port}"
     return MoveDestination(
-        os.environ.get("TALARIA_SCP_AET") or "TALARIA",
-        int(os.environ.get("TALARIA_SCP_PORT", SCP_PORT)),
-        os.environ.get("TALARIA_SCP_HOST") or "",
+        os.environ.get("TALARIA_SCP_AET") or "TALARIA", port, os.environ.get("TALARIA_SCP_HOST") or "", line
     )
 
 

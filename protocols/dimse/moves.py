@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from protocols.dimse.command import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 from protocols.dimse.ports import shared
@@ -16,18 +17,29 @@ from protocols.dimse.scp import CALLING_UNKNOWN, NO_REASON, Refusal, StorageScp
 from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.transport import Peer
 from protocols.dimse.turns import Turns
+from transfer.errors import NothingCame
 
 MOST_NAMED = 5  # addresses that a message names
 PORT_S = 30  # for another process to give up the Storage SCP's port
 
 
+class Later(Exception):
+    """Who waits until a node can send here is to wait no longer."""
+
+
 @dataclass(frozen=True)
 class MoveDestination:
-    """The destination of C-MOVE: our Storage SCP, as the peer knows it. Port 0: none, so C-MOVE can't be used."""
+    """The destination of C-MOVE: our Storage SCP, as the peer knows it. Port 0: none, so C-MOVE can't be used.
+
+    Attributes:
+        host: address to listen on, "" for all.
+        line: lock by which processes of this machine take turns on the port.
+    """
 
     aet: str = "TALARIA"
     port: int = 0
-    host: str = ""  # address to listen on, "" for all
+    host: str = ""
+    line: Path | None = field(default=None, compare=False)
 
     @property
     def question(self) -> str:
@@ -218,6 +230,12 @@ def cannot_come(peer: Peer, at: MoveDestination) -> str:
     return ""
 
 
+def nothing_came(peer: Peer, at: MoveDestination, answer: str, patience_s: float, strangers: Strangers) -> NothingCame:
+    """Return the error that a peer's answer means by which it has sent what did not come in so many seconds."""
+    came = f"the peer says that it has sent the series ({answer}), and nothing came within {patience_s:g} s"
+    return NothingCame(f"{peer.where}: {came}: {at.question}{strangers}")
+
+
 @contextmanager
 def listening(at: MoveDestination, peer: Peer, check: Callable[[], None]) -> Iterator[ssl.SSLContext | None]:
     """Have the Storage SCP accept what is expected, until the block ends; yields the TLS with which a peer is to come.
@@ -233,6 +251,7 @@ def listening(at: MoveDestination, peer: Peer, check: Callable[[], None]) -> Ite
         PORT_S,
         check,
         remedy=" for what C-MOVE sends, set scp_port",
+        line=at.line,
     ) as scp:
         scp.idle_timeout_s = max(scp.idle_timeout_s, peer.idle_timeout_s)  # another peer's may be shorter
         yield peer.tls.server() if peer.tls else None

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from imaging.header import Header
+from protocols.dimse import moves
 from protocols.dimse.get import (
     DESTINATION_UNKNOWN,
     PATIENT_ROOT_GET,
@@ -32,7 +33,7 @@ from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.copies import Copies
 from protocols.files.instances import here
-from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, NothingCame, TimedOut, Unreachable
+from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
 from transfer.fanout import gravest, in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -421,20 +422,21 @@ class Pull:
     # ---- C-MOVE
 
     def _by_move(self, one: PulledSeries) -> None:
-        """Retrieve series on one association by C-MOVE, beginning with this one."""
+        """Retrieve series on one association by C-MOVE, beginning with this one, once what it sends can come here."""
 
-        def waits() -> bool:
+        def check() -> None:
             self.report.check()
-            return not self.report.pausing.is_set()
+            if self.report.pausing.is_set():
+                raise moves.Later
 
         hosts = addresses(self.peer.host, self.peer.port)
-        with DESK.turns.taken(hosts, self.peer.tls, waits) as is_ours:
-            if is_ours:
-                self._request_moves(one, hosts)
-            else:
-                self._put_back(one)
+        try:
+            with DESK.turns.taken(hosts, self.peer.tls, check), listening(self._destination, self.peer, check) as tls:
+                self._request_moves(one, tls)
+        except moves.Later:
+            self._put_back(one)
 
-    def _request_moves(self, one: PulledSeries, hosts: frozenset[str]) -> None:
+    def _request_moves(self, one: PulledSeries, tls: ssl.SSLContext | None) -> None:
         with _association():
             retriever = mover(self.peer, self.report.check)
         if not retriever.root:
@@ -445,14 +447,15 @@ class Pull:
                 raise error
             self._give_up(one, error)
             return
-        with self._counted(), retriever, listening(self._destination, self.peer, self.report.check) as tls:
+        with self._counted(), retriever:
             following: PulledSeries | None = one
             while following is not None:
-                self._move(retriever, following, hosts, tls)
+                self._move(retriever, following, tls)
                 following = self._next(lambda each: bool(self._moves or each.moves) and not self.wants_list(each))
 
-    def _move(self, retriever: Retriever, one: PulledSeries, hosts: frozenset[str], tls: ssl.SSLContext | None) -> None:
-        whose, at = frozenset((self.peer.calling, self.peer.called)), self._destination.aet
+    def _move(self, retriever: Retriever, one: PulledSeries, tls: ssl.SSLContext | None) -> None:
+        whose, hosts = frozenset((self.peer.calling, self.peer.called)), addresses(self.peer.host, self.peer.port)
+        at = self._destination.aet
         instances = frozenset(one.images) if one.images and one.all_listed else None
         with self._depot(one, durable=True) as depot:
             depot.throttle, depot.moved = self._throttle, self.report.moved
@@ -488,9 +491,7 @@ class Pull:
             patience = self.peer.idle_timeout_s if early or nothing else min(LATE_S, self.peer.idle_timeout_s)
             if time.monotonic() - max(ended, expected.last_heard()) >= patience:
                 if nothing and not self._counts[one.uid]:
-                    came = f"says that it has sent the series ({answer}), and nothing came within {patience:g} s"
-                    question = f"{self._destination.question}{self.strangers}"
-                    raise NothingCame(f"{self.peer.where}: the peer {came}: {question}")
+                    raise moves.nothing_came(self.peer, self._destination, str(answer), patience, self.strangers)
                 return
             time.sleep(LOOK_S)
             self.report.check()

@@ -39,30 +39,28 @@ class Turns:
         self._lock = threading.Lock()
 
     @contextmanager
-    def taken(self, hosts: frozenset[str], tls: Tls | None, waits: Callable[[], bool]) -> Iterator[bool]:
+    def taken(self, hosts: frozenset[str], tls: Tls | None, check: Callable[[], None]) -> Iterator[None]:
         """Wait until nobody awaits connections from these addresses with other settings, and await them until the end.
 
         Args:
             hosts: addresses that connections come from.
             tls: with which they are answered; None for none, which bars nobody.
-            waits: returns whether to go on waiting; may raise to stop. Asked several times a second.
-
-        Yields:
-            Whether it is this one's turn; False if it did not wait for that.
+            check: called several times a second while it waits; may raise to stop.
 
         Raises:
             Misconfigured: the settings can't be used to listen.
         """
         if tls is None:
-            yield True
+            yield
             return
         one = _Turn(hosts, tls, tls.server())
         with self._lock:
             self._turns.append(one)
         try:
-            while not self._begins(one) and waits():
+            while not self._begins(one):
+                check()
                 time.sleep(LOOK_S)
-            yield one.has_begun
+            yield
         finally:
             with self._lock:
                 self._turns.remove(one)
