@@ -32,7 +32,7 @@ class FolderWatch:
         self._fd = opened(self)
         self.blind = self._fd < 0
         if self._fd >= 0:
-            self._add(folder)
+            self._add(os.path.realpath(folder))  # it may be a link itself; those below it are not followed
 
     def _add(self, folder: str) -> None:
         stack = [folder]

@@ -109,6 +109,23 @@ def test_a_folder_that_was_made_again_is_watched(tmp_path: Path, monkeypatch: py
         assert read() is now
 
 
+def test_an_inbox_that_is_a_link_is_watched(tmp_path: Path) -> None:
+    """It was looked through each minute only. What is a link in it belongs to nobody's study."""
+    for name in ("real", "next", "outside"):
+        (tmp_path / name).mkdir()
+    inbox = tmp_path / "inbox"
+    inbox.symlink_to("real")
+    (inbox / "outside").symlink_to(tmp_path / "outside")
+    watch = FolderWatch(str(inbox))
+    (tmp_path / "outside" / "file").touch()
+    assert watch.names() == [] and not watch.blind
+    (tmp_path / "real" / "study").mkdir()
+    assert watch.names() == ["study"] and not watch.is_stale
+    (tmp_path / "now").symlink_to("next")
+    (tmp_path / "now").rename(inbox)
+    assert watch.is_stale
+
+
 def test_a_share_that_hangs_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     over, looks = threading.Event(), list[int]()
 
