@@ -1,4 +1,4 @@
-"""Looks for what nobody reports by itself: dispatches that are late, certificates that expire, disks that are low.
+"""Looks for what nobody reports by itself: dispatches that are late, sweeps that nobody begins, certificates, disks.
 
 Only for rules that hear of it. What is seen by several hosts, or again, happens once.
 """
@@ -6,6 +6,7 @@ Only for rules that hear of it. What is seen by several hosts, or again, happens
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -38,13 +39,17 @@ from tasks.sources.saved import KEPT
 from tasks.targets import all_targets
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
+from transfer.shared import of_queue
 
 PAGE, MOST_RUNS = 200, 2000  # of those that have not ended, the oldest
+UNSWEPT_S = 3600.0  # of a sweep, after it was due
+SURE_S = 600.0  # for which it was seen to be so: a worker that has just started may be about to begin it
 DAYS = (1, 7, 30)  # before a certificate expires, when that is told
 OFFPEAK = "offpeak"
 FLOWS = ("dispatch", "retrieve")  # whose runs may be late: also a retrieval's dispatches, which have no deployment
 NOT_ENDED = [state for state in StateType if state not in TERMINAL_STATES]
 
+_unswept: dict[UUID, float] = {}  # sweeps that nobody has begun, since when they are known (`time.monotonic`)
 _asked: dict[UUID, tuple[UUID | None, datetime | None]] = {}  # by run: its state, and what its states said then
 
 
@@ -58,6 +63,8 @@ async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterabl
     heard = {event for rule in at_work for event in rule.on}
     if RuleEvent.LATE in heard:
         await _late(client, ledger, {rule.late_s for rule in at_work if RuleEvent.LATE in rule.on})
+    if RuleEvent.STUCK in heard:
+        await _say_unswept(client, ledger)
     if not heard & {RuleEvent.CERTIFICATE, RuleEvent.DISK}:
         return
     saved = await all_targets(client)
@@ -101,6 +108,38 @@ async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int])
             if begin and (now - begin).total_seconds() > late_s:
                 again = "" if begin == planned else f"/{begin.timestamp():.0f}"
                 await asyncio.to_thread(_say_late, ledger, run, late_s, again)
+
+
+async def _say_unswept(client: PrefectClient, ledger: Ledger) -> None:
+    """Say of each source whose sweep is long due that no worker begins it, as of one whose host is dead."""
+    now, seen, found = datetime.now(UTC), time.monotonic(), list[FlowRun]()
+    due = {"before_": now - timedelta(seconds=UNSWEPT_S)}
+    while len(found) < MOST_RUNS:
+        page = await client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["batch"])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+                expected_start_time=FlowRunFilterExpectedStartTime.model_validate(due),
+            ),
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            limit=PAGE,
+            offset=len(found),
+        )
+        found += page
+        if len(page) < PAGE:
+            break
+    first = dict[str, FlowRun]()
+    for run in found:
+        first.setdefault(str(run.parameters.get("source", "")), run)
+    known = {run.id: _unswept.get(run.id, seen) for run in first.values()}
+    _unswept.clear()
+    _unswept.update(known)
+    for name, run in first.items():
+        if seen - known[run.id] >= SURE_S:
+            host = of_queue(run.work_queue_name)
+            whose = f"no worker of {host}" if host else "no worker"
+            words = f"its sweep of {run.expected_start_time:%Y-%m-%d %H:%M} UTC has not begun: {whose} takes it"
+            await asyncio.to_thread(happened, ledger, RuleEvent.STUCK, {"source": name}, f"unswept/{run.id}", words)
 
 
 async def _parts_of(client: PrefectClient, retrievals: Sequence[FlowRun]) -> set[UUID]:

@@ -1,18 +1,22 @@
-"""Since when a dispatch is late: since somebody has asked for it, the last time."""
+"""Since when a dispatch is late: since somebody has asked for it, the last time. And which sweeps nobody begins."""
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, Pending, Running, Scheduled
 
+from talaria.notify import lookout
 from talaria.notify.lookout import asked_for, late_from
 from tasks.dispatch import rest
 from tasks.dispatch.running import PAUSED
+from transfer.ledger import Ledger
 
 T = datetime(2026, 11, 29, 8, tzinfo=UTC)
 NINE = T + timedelta(hours=9)
@@ -76,3 +80,38 @@ def test_what_has_not_begun_is_late_from_the_first_off_peak_hours_on(monkeypatch
     one = run(Scheduled(), 0)
     assert late_from(one, T, NINE - timedelta(minutes=1)) is None
     assert late_from(one, T, NINE + timedelta(hours=3)) == NINE  # also when they are over
+
+
+def test_a_sweep_that_no_worker_begins_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a source whose host is dead; not while a worker that has just started may be about to take it."""
+    runs = [
+        FlowRun(
+            flow_id=uuid4(),
+            state=Scheduled(),
+            parameters={"source": name},
+            work_queue_name="normal@ct-host" if name == "night" else "normal",
+            expected_start_time=T + timedelta(minutes=minute),
+        )
+        for minute, name in enumerate(("night", "night", "box"))
+    ]
+
+    class Server:
+        async def read_flow_runs(self, **asked: Any) -> list[FlowRun]:
+            assert asked["flow_filter"].name.any_ == ["batch"]
+            return runs
+
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start a server
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+
+        def said() -> list[tuple[str, str]]:
+            asyncio.run(lookout._say_unswept(cast("Any", Server()), ledger))
+            return [(one.about["source"], one.about["words"]) for one in ledger.happenings.waiting(10)]
+
+        assert said() == []
+        monkeypatch.setattr(lookout, "SURE_S", 0.0)
+        words = "its sweep of 2026-11-29 08:0{} UTC has not begun: no worker{} takes it"
+        told = [("night", words.format(0, " of ct-host")), ("box", words.format(2, ""))]
+        assert said() == told and said() == told
+        runs.clear()
+        said()
+        assert lookout._unswept == {}
