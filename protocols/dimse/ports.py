@@ -27,6 +27,7 @@ P = TypeVar("P", bound=Port)
 _LOCK = threading.Lock()
 _SHARED: dict[tuple[type[Any], str, int], tuple[Any, int]] = {}
 _LINES: dict[Path | None, PortLine] = {}
+_TAKEN: set[tuple[type[Any], str, int]] = set()  # which somebody had for as long as was to be waited
 
 
 @contextmanager
@@ -48,7 +49,8 @@ def shared(
         make: makes it, if there is none.
         wait_s: seconds to wait for another user to release the port.
         remedy: what to do if that doesn't happen.
-        line: lock that other processes of ours share, which are waited for as long as it takes.
+        line: lock that other processes of ours share, which are waited for as long as it takes. Another program that
+            has the port is waited for once, until it was released.
 
     Raises:
         Misconfigured: the port can't be listened on.
@@ -65,11 +67,13 @@ def shared(
                     try:
                         one = cast(P, found or make())
                     except OSError as exc:
-                        if time.monotonic() >= end:
+                        if time.monotonic() >= end or (line and key in _TAKEN):
+                            _TAKEN.add(key)
                             where = f"{host or 'all addresses'}, port {port}"
                             raise Misconfigured(f"can't listen on {where}{remedy}: {exc.strerror or exc}") from exc
                     else:
                         _SHARED[key] = one, users + 1
+                        _TAKEN.discard(key)
                         break
             select.select([], [], [], SLICE_S)
             check()

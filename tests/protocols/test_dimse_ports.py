@@ -89,6 +89,25 @@ def test_another_process_of_ours_is_waited_for_and_another_program_is_not(
             pass
 
 
+def test_a_port_that_another_program_has_is_waited_for_once(tmp_path: Path) -> None:
+    tries, line = [], tmp_path / "scp"
+
+    def make(port: int) -> Listening:
+        tries.append(port)
+        return Listening(port)
+
+    with socket.create_server(("127.0.0.1", 0)) as program:
+        port = program.getsockname()[1]
+        for wait_s, most in ((2.0, None), (600.0, 1)):
+            tries.clear()
+            listening = shared(Listening, "127.0.0.1", port, lambda: make(port), wait_s, line=line)
+            with pytest.raises(Misconfigured), listening:
+                pass
+            assert len(tries) > 1 if most is None else len(tries) == most
+    with shared(Listening, "127.0.0.1", port, lambda: make(port), 0, line=line):
+        pass
+
+
 def test_who_has_the_port_lets_nobody_else_in_while_another_process_waits(
     tmp_path: Path, threads: ThreadPoolExecutor, block: Callable[..., AbstractContextManager[Listening]]
 ) -> None:
