@@ -14,6 +14,7 @@ from pathlib import Path
 
 from imaging.header import Header
 from protocols.dimse import moves
+from protocols.dimse.ends import BrokenGet, NoRoom, associating
 from protocols.dimse.get import (
     DESTINATION_UNKNOWN,
     PATIENT_ROOT_GET,
@@ -33,7 +34,7 @@ from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.copies import Copies
 from protocols.files.instances import here
-from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
+from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 from transfer.fanout import gravest, in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -46,22 +47,6 @@ HOPELESS_SERIES = 2  # series that C-GET brought nothing of
 PART = 25  # instances that are worth an association of their own
 LATE_S = 3.0  # for what is still on its way when a source says that a move is done
 LOOK_S = 0.05
-
-
-class _NoRoom(Exception):
-    """No association can be had now."""
-
-    def __init__(self, error: DispatchError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-@contextmanager
-def _association() -> Iterator[None]:
-    try:
-        yield
-    except (Busy, Interrupted, Misconfigured, TimedOut, Unreachable) as exc:
-        raise _NoRoom(exc) from exc
 
 
 class Pull:
@@ -113,6 +98,7 @@ class Pull:
         self._got = False  # whether C-GET has ever brought something
         self._established = 0
         self._led = False
+        self._broken, self._at_first = BrokenGet(), 0
         self._open = threading.Event()  # the first association is there, or will never be
         self._current: dict[int, PulledSeries] = {}  # by thread
         self._copies = Copies(folder, self._here, self._count, report.check)
@@ -143,6 +129,7 @@ class Pull:
         Raises:
             DispatchError: not all could be asked for; what came is in the folder, and has been reported.
         """
+        self._at_first = len(self._here)
         for one in self.series:
             if self._lacks(one):
                 self._jobs.extend(self._divided(one))
@@ -248,28 +235,26 @@ class Pull:
             while not leads and not self._open.wait(LOOK_S):
                 self.report.check()
             while (one := self._next()) is not None:
-                before = len(self._here)
+                before, moving = len(self._here), False
                 try:
                     if self.wants_list(one):
-                        with _association():
+                        with associating():
                             self._lister(one)
                     if not self._lacks(one):
                         continue
-                    if self._moves or one.moves:
-                        self._by_move(one)
-                    else:
-                        self._by_get(one)
-                except _NoRoom as exc:
+                    moving = bool(self._moves or one.moves)
+                    (self._by_move if moving else self._by_get)(one)
+                except NoRoom as exc:
                     self._put_back(self._taken())
                     if self._established:
                         return  # others are at work
                     raise exc.error from exc
-                except (Interrupted, TimedOut):
+                except (Interrupted, TimedOut) as exc:
                     # Who brings something before it breaks is asked again for the rest.
                     taken = self._taken()
                     taken.doubtful = bool(self._counts[taken.uid])
                     self._put_back(taken)
-                    if len(self._here) == before:
+                    if len(self._here) == before and (moving or not self._goes_another_way(exc)):
                         raise
         finally:
             if leads:
@@ -320,11 +305,20 @@ class Pull:
 
     # ---- C-GET
 
+    def _goes_another_way(self, exc: DispatchError) -> bool:
+        """Return True if what is left is asked for once more although nothing has come, the second time by C-MOVE."""
+        brought = len(self._here) > self._at_first
+        if brought or isinstance(exc, TimedOut) or cannot_come(self.peer, self._destination):
+            return False
+        with self._lock:
+            self._moves = self._moves or self._broken.noted(exc)
+        return True
+
     def _by_get(self, one: PulledSeries) -> None:
         """Retrieve series on one association by C-GET, beginning with this one."""
         pairs = pairs_for(one.classes(self._missing(one) or None) or dict.fromkeys(USUAL_CLASSES, ()))
         one.asked.update(sop_class for sop_class, _ in pairs)
-        with _association():
+        with associating():
             retriever = getter(self.peer, pairs, self.report.check, self._throttle, self.report.moved)
         if not (retriever.root and retriever.stores):
             retriever.association.release()
@@ -435,16 +429,20 @@ class Pull:
                 self._request_moves(one, tls)
         except moves.Later:
             self._put_back(one)
+        except Misconfigured as exc:  # the port, or the TLS settings, can't be used
+            if (error := self._broken.of_move(exc)) is exc:
+                raise
+            raise error from exc
 
     def _request_moves(self, one: PulledSeries, tls: ssl.SSLContext | None) -> None:
-        with _association():
+        with associating():
             retriever = mover(self.peer, self.report.check)
         if not retriever.root:
             retriever.association.release()
             why = self._moves or one.moves
             error = Misconfigured(f"{self.peer.where}: {why}; nor does it accept C-MOVE: it can't be pulled from")
             if self._moves:
-                raise error
+                raise self._broken.of_move(error)
             self._give_up(one, error)
             return
         with self._counted(), retriever:
@@ -471,7 +469,7 @@ class Pull:
                     known = any(each.status != DESTINATION_UNKNOWN for each in one.answers)
                     if error and not (known and answer.status == DESTINATION_UNKNOWN):
                         if self._moves:
-                            raise error
+                            raise self._broken.of_move(error)
                         self._give_up(one, error)
                         return
                     self._await_late(one, answer, expected, begun)

@@ -310,9 +310,36 @@ def test_an_association_that_ends_midway_is_begun_again_for_the_rest(
 def test_a_peer_that_gives_nothing_more_ends_the_retrieval(
     end: Any, error: type[DispatchError], tmp_path: Path
 ) -> None:
-    with archive(study(), on_get=lambda request, found: [end]) as peer, pytest.raises(error):
+    def nothing(request: Request, found: list[Instance]) -> Steps:
+        return [end]
+
+    with archive(study(), on_get=nothing, on_move=nothing) as peer, pytest.raises(error):
         pull(peer, tmp_path / "in", idle_timeout_s=1)
     assert not list((tmp_path / "in").iterdir())
+
+
+def ends(request: Request, found: list[Instance]) -> Steps:
+    return [Abort()]
+
+
+def test_c_move_is_used_where_a_peer_ends_the_association_at_c_get(tmp_path: Path, port: int) -> None:
+    """An Orthanc accepts the context also where its settings forbid a node C-GET."""
+    with archive(study(), on_get=ends, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+        [note] = [one for one in receipt.notes if "by C-MOVE" in one]
+        assert "accepts C-GET, and ends the association" in note
+
+
+def test_a_link_that_breaks_at_c_get_is_worth_another_attempt_though_c_move_is_not_possible(
+    tmp_path: Path, port: int
+) -> None:
+    with (
+        archive(study(), on_get=ends, on_move=lambda request, found: [Last(0xA801, None, None, None)]) as peer,
+        pytest.raises(Interrupted, match=r"aborted.*the peer doesn't know the move destination"),
+    ):
+        pull(peer, tmp_path / "in")
 
 
 def test_silence_on_the_wire_ends_a_retrieval_not_the_time_since_a_response(tmp_path: Path) -> None:

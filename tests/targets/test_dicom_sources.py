@@ -95,6 +95,19 @@ def test_searches_of_orthanc(folder: Path, tmp_path: Path) -> None:
         assert wrong(target, searching.queries()) == {}
 
 
+def test_an_orthanc_that_allows_us_no_c_get_sends_by_c_move(tmp_path: Path, port: int) -> None:
+    us = {"AET": "US", "Host": "127.0.0.1", "Port": port, "AllowGet": False}
+    nodes = {"us": us, "there": [AET, "127.0.0.1", port]}
+    settings = {"DicomModalities": nodes, "DicomAlwaysAllowGet": False}
+    with orthanc(tmp_path / "orthanc", settings=settings) as server:
+        for file in study():
+            server.request("POST", "/instances", file)
+        target = dicom_target(server.dicom_port, aet_target=server.aet, aet_source="US", direction="query")
+        receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
+        assert receipt.state is State.DELIVERED and set(datasets(tmp_path / "in")) == server.uids()
+        assert any("by C-MOVE" in note for note in receipt.notes)
+
+
 def test_an_orthanc_that_ends_searches_at_a_limit_loses_nothing(tmp_path: Path) -> None:
     limits = {"LimitFindResults": 5, "LimitFindInstances": 5}
     many, series = studies.uid(), [studies.uid() for _ in range(8)]
