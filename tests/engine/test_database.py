@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
 from prefect.server.database.configurations import AsyncPostgresConfiguration
 from prefect.server.utilities.database import Timestamp
+from prefect.settings import Settings
 from prefect.types import DateTime
 from sqlalchemy import Column, MetaData, Table, select, text
 from sqlalchemy.dialects import postgresql as postgresql_dialect
@@ -21,7 +23,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from talaria.engine import database
+from talaria.settings import CONNECTIONS, server_environment
 from tests.servers.postgresql import PostgreSql, postgresql
+from transfer.home import Home
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,21 @@ def test_an_engine_is_changed_once(server: PostgreSql, pings: list[bool], monkey
         assert pings == [True] * 2  # once with each use
 
     asyncio.run(look())
+
+
+def test_connections_stay_open_with_what_is_prepared_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but five were closed after each use: half of all statements were prepared anew."""
+    for name, value in server_environment(Home(tmp_path), "http://127.0.0.1:4200/api").items():
+        if "SQLALCHEMY" in name:
+            monkeypatch.setenv(name, value)
+    found = Settings().server.database.sqlalchemy
+    assert (found.pool_size, found.max_overflow) == (15, 0)
+    assert found.connect_args.prepared_statement_cache_size == 500
+    # As PgBouncer needs it, or where a server allows fewer connections.
+    own = dict.fromkeys(CONNECTIONS, "2")
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert own.items() <= server_environment(Home(tmp_path), "http://127.0.0.1:4200/api").items()
 
 
 @pytest.fixture
