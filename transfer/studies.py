@@ -132,7 +132,8 @@ def _lines(path: str) -> Iterator[FloodStudy]:
     if len(data) > LIST_BYTES:
         raise Misconfigured(f"{path}: a list of studies has at most {LIST_BYTES >> 20} MiB")
     folder = os.path.dirname(os.path.abspath(path))
-    for line in data.decode("utf-8-sig", "surrogateescape").splitlines():
+    text = data.decode("utf-8-sig", "surrogateescape")
+    for line in text.replace("\r", "\n").split("\n"):  # what `splitlines` ends lines at besides may be part of a name
         name = line.strip()
         if name and not name.startswith("#"):
             yield _study(name, os.path.join(folder, name))
@@ -157,6 +158,8 @@ def _folders(path: str, exclude: tuple[str, ...], prefix: str) -> Iterator[Flood
             yield _study(prefix + name, below, problem=LEADS_OUT)
         elif os.path.isdir(below):
             yield _study(prefix + name, below, within=real)
+        elif os.path.islink(below) and not os.path.exists(below):  # which stops none of the others
+            yield _study(prefix + name, below, problem="a symbolic link that leads nowhere")
         else:
             loose.append(below)
     if loose:

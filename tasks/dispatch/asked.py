@@ -38,6 +38,11 @@ def check_asked(paths: Sequence[str], targets: Sequence[str]) -> None:
     for path in paths:
         if not Path(path).is_absolute():
             raise Misconfigured(f"paths: {path!r} is not an absolute path")
+        if any("\ud800" <= char <= "\udfff" for char in path):
+            raise Misconfigured(
+                f"{path}: this name is not UTF-8, as what is asked of a run must be: send the folder above it,"
+                " or a list that names it (each: line)"
+            )
 
 
 def unplanned(targets: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from talaria.testing import studies
 from tasks.dispatch import asked
 from tests.engine.material import folder
 from tests.servers.up import Talaria
+from transfer.errors import Misconfigured
 from transfer.plan import DISPATCH_ID_CHARS
 
 
@@ -56,6 +58,11 @@ def test_a_dispatch_that_cant_be_done_fails_at_once_in_words(
     found = up.run(run)
     assert words in found["state"]["message"]
     assert found["name"].startswith("to ")
+
+
+def test_a_name_that_nothing_can_be_asked_with_is_refused_in_words() -> None:
+    with pytest.raises(Misconfigured, match=r"/data/a\\xff: this name is not UTF-8.*send the folder above it"):
+        asked.check_asked(["/data/ü", os.fsdecode(b"/data/a\xff")], ["pacs"])
 
 
 @pytest.mark.parametrize(("given", "behind"), [({}, ""), ({"name": "nightly"}, " (nightly)")])

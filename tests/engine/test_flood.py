@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -556,6 +557,23 @@ def test_a_list_names_studies_line_by_line(tmp_path: Path) -> None:
     assert len(found[0].read((), Origin()).items) == 2
     with pytest.raises(NotFound):
         found[2].read((), Origin())
+
+
+def test_a_list_names_folders_of_any_name(tmp_path: Path) -> None:
+    names = ["a\u2028b", "c\x85d", "e\x0cf", os.fsdecode(b"g\xff")]
+    for name in names:
+        material.ct(tmp_path / name, 1)
+    (tmp_path / "list.txt").write_bytes(b"\r".join(map(os.fsencode, names)))
+    found = listed([str(tmp_path / "list.txt")], Each.LINE)
+    assert [len(one.read((), Origin()).items) for one in found] == [1, 1, 1, 1]
+
+
+def test_a_link_that_leads_nowhere_stops_no_file_beside_it(tmp_path: Path) -> None:
+    material.ct(tmp_path / "many", 2)
+    (tmp_path / "many" / "gone").symlink_to("nowhere")
+    link, files = listed([str(tmp_path / "many")], Each.FOLDER)
+    assert (link.name, link.problem) == ("gone", "a symbolic link that leads nowhere")
+    assert len(files.read((), Origin()).items) == 2
 
 
 def test_studies_that_share_a_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:

@@ -13,6 +13,14 @@ CLASSES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("given", "shown"), [("Bräu", "Bräu"), ("a\udcff: no", "a\\xff: no"), ("\ud83d", "\\ud83d")])
+def test_a_message_is_text_whatever_bytes_a_path_has(given: str, shown: str) -> None:
+    """Else the end of its run can't be kept, which then is a fault of ours."""
+    error = errors.NotFound(given)
+    assert (error.message, str(error), error.args) == (shown, shown, (shown,))
+    assert shown.encode()
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_survives_pickle(kind: type[errors.DispatchError]) -> None:
     error = kind("no room: 5 MB", "archive", "a/1.dcm")
