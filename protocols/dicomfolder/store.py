@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
 from protocols.dicomfolder.folder import DicomFolder, HeldInstance
+from protocols.files import filesystem as fs
 from protocols.files import partial
 from protocols.files.alike import same
 from protocols.files.incoming import PIECE_BYTES, Incoming, Place, Style
@@ -27,7 +28,7 @@ from protocols.files.instances import held
 from protocols.files.tree import Tree, parent
 from transfer.content import copy_bytes, same_content
 from transfer.duplicates import Duplicates
-from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
+from transfer.errors import Cancelled, Denied, Permanent, Rejected
 from transfer.fanout import each
 from transfer.layout import sanitised
 from transfer.oserrors import FULL, ITEM_ERRORS
@@ -267,7 +268,7 @@ def fetch(
     all of them. Series by series: if the retrieval is to pause, the series after the current one have no outcome.
 
     Raises:
-        Busy, Misconfigured: `into` is full, or can't be written to.
+        DiskFull, Misconfigured: `into` is full, or can't be written to.
         Cancelled, OSError: what came until then is in the folder, and has been reported.
     """
     with partial.writing(into):
@@ -417,7 +418,9 @@ def _copy(folder: DicomFolder, one: HeldInstance, final: Path, report: PushRepor
                 part.replace(final)
         except OSError as exc:
             if exc.errno in FULL:
-                raise Busy(f"no room in {final.parent}") from exc
+                raise partial.failure(final.parent, exc) from exc
+            if exc.errno == errno.EIO and not fs.readable(reader):
+                raise Rejected(f"can't be read: {exc.strerror}") from exc
             raise
         finally:
             part.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from tests.protocols.dicomfolder.mixture import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target
 from transfer.beneath import open_beneath
-from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable, Unread
+from transfer.errors import Busy, Cancelled, Denied, DiskFull, Interrupted, Misconfigured, NotFound, Unreachable, Unread
 from transfer.outcome import Kind
 from transfer.plan import scan
 from transfer.receipt import Level, PushReport, Receipt, State
@@ -326,11 +326,33 @@ def test_retrieve_can_be_cancelled(tmp_path: Path) -> None:
     assert not [path for path in into.iterdir() if path.name.startswith(".")]
 
 
-def test_full_disk_at_the_destination_is_Busy(tmp_path: Path) -> None:
+def test_a_file_on_a_bad_sector_stops_no_other(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    bad, *_ = series(root, 4)
+    really = os.copy_file_range
+
+    def copied(reader: int, writer: int, *args: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{reader}") == str(bad):
+            raise OSError(errno.EIO, "Input/output error")
+        return really(reader, writer, *args)
+
+    with (
+        mock.patch.object(os, "copy_file_range", side_effect=copied),
+        mock.patch("protocols.files.filesystem.readable", return_value=False),
+    ):
+        receipt = retrieve(target(root), tmp_path / "into")
+    assert (receipt.state, receipt.counts[Kind.DELIVERED]) == (State.PARTIAL, 3)
+    [item] = [item for item in receipt.items if item.outcome is Kind.REJECTED]
+    assert item.detail == "can't be read: Input/output error"
+    with mock.patch.object(os, "copy_file_range", side_effect=copied), pytest.raises(Interrupted):
+        retrieve(target(root), tmp_path / "other")  # it is the other side that can't be written to
+
+
+def test_a_full_disk_at_the_destination_says_so(tmp_path: Path) -> None:
     series(tmp_path / "root", 2)
     with (
         mock.patch.object(os, "copy_file_range", side_effect=OSError(errno.ENOSPC, "No space left on device")),
-        pytest.raises(Busy, match="into"),
+        pytest.raises(DiskFull, match=r"into.*make room"),
     ):
         retrieve(target(tmp_path / "root"), tmp_path / "into")
     assert not list((tmp_path / "into").iterdir())
