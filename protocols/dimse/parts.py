@@ -122,6 +122,8 @@ def outside(part: Keys, whole: Keys, found: Sequence[dict[str, Any]]) -> bool:
 def _is_in(key: str, wanted: str, value: Any) -> bool:
     values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
     if key in ("StudyDate", "StudyTime"):
+        if key == "StudyDate" and not any(map(day_of, values)):
+            return True  # where a peer finds what is no date is its own affair
         low, _, high = wanted.partition("-")
         return any(low <= each and (not high or each[: len(high)] <= high) for each in values)
     if wanted.endswith("*"):

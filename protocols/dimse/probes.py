@@ -45,17 +45,20 @@ class Probes:
         if not 2 <= len(self.found) <= MOST_PROBED:
             return False
         dates, times = self.values("StudyDate"), self.values("StudyTime")
-        if not dates or not all(re.fullmatch(r"\d{8}", date) for date in dates):
+        # One that is no date (00000000, 20241301) is in any period, or in none: the others show it.
+        days = [date for date in dates if (day := day_of(date)) and 1 < day.year < 9999]
+        if not days:
             return None
         first, dash, last = self.keys.get("StudyDate", "-").partition("-")
         if dash and not first == last != "":
-            low, high = day_of(dates[0]), day_of(dates[-1])
-            if not low or not high or low.year == 1 or high.year == 9999:
-                return None
-            if len(dates) > 1:
-                middle = day_of(self._middle("StudyDate", dates)) or low
+            if len(days) > 1:
+                middle = day_of(self._middle("StudyDate", days))
+                assert middle is not None  # noqa: S101 - one of the days
                 return self._by_date(f"{first}-{date_text(middle)}", f"{date_text(middle + timedelta(1))}-{last}")
-            before, behind = date_text(low - timedelta(1)), date_text(high + timedelta(1))
+            day = day_of(days[0])
+            if len(dates) > 1 or day is None:
+                return None
+            before, behind = date_text(day - timedelta(1)), date_text(day + timedelta(1))
             sides = [f"{first}-{before}"] if not first or first <= before else []
             sides += [f"{behind}-{last}"] if not last or behind <= last else []
             if self._by_date(*sides):
@@ -69,7 +72,7 @@ class Probes:
 
     def _middle(self, key: str, values: Sequence[str]) -> str:
         """Return the value at which the answers are halved as evenly as they can be."""
-        every = sorted(text(one.get(key)) for one in self.found if one.get(key))
+        every = sorted(value for one in self.found if (value := text(one.get(key))) in values)
         middle = every[(len(every) - 1) // 2]
         return middle if middle != values[-1] else values[-2]
 

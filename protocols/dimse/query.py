@@ -182,7 +182,12 @@ class Finder(Conversation):
             Denied: not authorised. Misconfigured: the peer can't answer this query; the message has its status.
         """
         values = dict.fromkeys(wanted, "") | dict(keys) | {"QueryRetrieveLevel": level}
-        data = identifier.built(values, charset, self._syntax)
+        try:
+            data = identifier.built(values, charset, self._syntax)
+        except UnicodeEncodeError as exc:  # of what another answer had, as a UID
+            raise Misconfigured(
+                f"{self.peer.where}: a UID, code or date that this query needs has other letters than ASCII"
+            ) from exc
         begun = time.monotonic()
         message_id = self.ask(self._context, {AFFECTED_CLASS: self.root, FIELD: C_FIND_RQ, PRIORITY: MEDIUM}, data)
         count, stopped = 0, False

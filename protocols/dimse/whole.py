@@ -122,6 +122,8 @@ class WholeSearch:
             if suspected and not self._limit and came > uids:
                 self._limit = len(found)  # it does stop there: now parts that bring as many are looked into to the end
                 return self._parted(keys, charset, splitters, above, depth)
+            if suspected and not self._limit and came == uids:
+                return found  # nothing shows that it stops there
             if uids <= came:
                 return got if "StudyDate" in keys or "StudyDate" not in parts[0] else got + self._undated(keys, charset)
         if suspected and not self._limit:

@@ -72,6 +72,23 @@ def test_series_beyond_a_limit_are_found_by_modality() -> None:
         assert len(peer.asked(FIND)) == 6  # studies, series, each modality
 
 
+@pytest.mark.parametrize("odd", ["00000000", "20241301", "99991231", "2024.01.02"])
+def test_a_date_that_is_none_costs_a_search_no_more_than_others(odd: str) -> None:
+    made = files(9, StudyDate=lambda n: f"2024010{n + 1}" if n else odd)
+    with archive(made) as peer:
+        assert len(found(peer, Query())) == 9
+        assert len(peer.asked(FIND)) == 3
+        peer.limit = 7
+        assert len(found(peer, Query(StudyDate="2023-2025"))) == 9 - (odd in ("00000000", "99991231"))
+
+
+def test_a_uid_of_a_peer_that_is_none_is_an_error_in_words() -> None:
+    with archive(files(2, StudyInstanceUID=lambda n: "\u00fc" if n else "1.2.3")) as peer:
+        assert len(found(peer, Query())) == 2
+        with pytest.raises(Misconfigured, match="has other letters than ASCII"):
+            found(peer, Query(level="series"))
+
+
 UNCOUNTED = frozenset(("NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances"))
 
 
