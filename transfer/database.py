@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transfer.errors import DispatchError, LedgerAway, Misconfigured
+from transfer.errors import DispatchError, LedgerAway, LedgerFull, Misconfigured
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, CursorResult, Engine
@@ -119,7 +119,7 @@ class Sqlite:
     never the file, and what is lost is sent again.
 
     Raises:
-        OSError, sqlite3.Error: the file can't be opened or is damaged.
+        OSError, sqlite3.Error: the file can't be opened or is damaged. LedgerFull: there is no room for it.
         Misconfigured: it was made by a newer Talaria.
     """
 
@@ -173,7 +173,12 @@ class Sqlite:
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         with self._lock:
-            return self._db.execute(statement, parameters)
+            try:
+                return self._db.execute(statement, parameters)
+            except sqlite3.OperationalError as exc:
+                if getattr(exc, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
+                    raise
+                raise LedgerFull("the disk of the state directory is full: nothing can be noted in the ledger") from exc
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -181,13 +186,14 @@ class Sqlite:
             if self._db.in_transaction:  # within another block
                 yield
                 return
-            self._db.execute("BEGIN IMMEDIATE")
+            self.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite may have ended it; left open, it would take in all that follows
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def reading(self) -> Any:
         return self._lock

@@ -9,6 +9,7 @@
     │   │   └── DiskFull   no room where it is written, on this machine
     │   ├── Interrupted    the link broke midway
     │   └── LedgerAway     the ledger's database can't be reached: it says nothing of the target
+    │       └── LedgerFull     it is a file here, whose disk is full
     ├── Permanent          the same call will fail again until somebody changes something
     │   ├── Misconfigured  the target's settings are wrong
     │   ├── NotTrusted     certificate or host key not accepted
@@ -108,6 +109,10 @@ class LedgerAway(Retryable):
     """The ledger's database can't be reached, or has lost what was under way: nothing of that is the target's fault."""
 
 
+class LedgerFull(LedgerAway):
+    """The disk of the state directory has no room for what is to be noted there."""
+
+
 class Permanent(DispatchError):
     """The same call fails again until somebody changes something."""
 
@@ -162,6 +167,7 @@ REMEDIES: dict[type[DispatchError], str] = {
     DiskFull: "Make room where it is written, on the machine that receives it.",
     Interrupted: "Test again; if it breaks each time, look into the log of the other side and at firewalls between.",
     LedgerAway: "Look whether the database that TALARIA_LEDGER names runs, takes connections, and has any to spare.",
+    LedgerFull: "Make room on the disk of the state directory (TALARIA_HOME).",
     Misconfigured: "Correct the settings of the target.",
     NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "
     "one, enter it, or the authority behind it, in the target's settings.",

@@ -26,8 +26,9 @@ from talaria.testing import studies
 from talaria.testing.process import as_loaded
 from tests.servers.postgresql import PostgreSql
 from transfer import database, lease
+from transfer.confirmed import Spot
 from transfer.deliveries import Standing
-from transfer.errors import DispatchError, Misconfigured
+from transfer.errors import DispatchError, LedgerFull, Misconfigured
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, ELSEWHERE, Kind, Outcome
 from transfer.plan import Item, Plan, scan
@@ -72,6 +73,22 @@ def test_keeps_several_with_one_commit_or_none_of_them(where: Path | str) -> Non
             ledger.record("d", "pacs", "e", ITEMS[2], DELIVERED)
             raise RuntimeError("midway")
         assert set(ledger.outcomes("d", "pacs", ITEMS)) == {"a/0.dcm", "a/1.dcm"}
+
+
+def test_a_full_disk_is_said_and_what_follows_is_kept(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger, Ledger(tmp_path / "ledger.sqlite") as other:
+        (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+        ledger._db.execute(f"PRAGMA max_page_count={pages}")
+        many = [Item(f"{number}.dcm", 1, 1) for number in range(2000)]
+        with pytest.raises(LedgerFull, match="disk of the state directory is full"), ledger.together():
+            for item in many:
+                ledger.record("d", "pacs", "e", item, DELIVERED)
+        with pytest.raises(LedgerFull):
+            for item in many:
+                ledger.record("d", "pacs", "e", item, DELIVERED, Spot("", "1.2"))
+        ledger._db.execute(f"PRAGMA max_page_count={pages + 1000}")
+        ledger.record("d2", "pacs", "e", ITEMS[0], DELIVERED)
+        assert other.outcomes("d2", "pacs", ITEMS) == {"a/0.dcm": DELIVERED}
 
 
 def test_which_instances_a_target_has_confirmed_where_it_is(where: Path | str) -> None:
