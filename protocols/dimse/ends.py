@@ -10,7 +10,7 @@ from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, Tim
 TIMES = 2  # associations, one after the other, that end as soon as something is asked for by C-GET
 
 
-class NoRoom(Exception):
+class NoAssociation(Exception):
     """No association can be had now."""
 
     def __init__(self, error: DispatchError) -> None:
@@ -20,11 +20,11 @@ class NoRoom(Exception):
 
 @contextmanager
 def associating() -> Iterator[None]:
-    """Raise NoRoom where an association can't be had."""
+    """Raise NoAssociation where an association can't be had."""
     try:
         yield
     except (Busy, Interrupted, Misconfigured, TimedOut, Unreachable) as exc:
-        raise NoRoom(exc) from exc
+        raise NoAssociation(exc) from exc
 
 
 class BrokenGet:

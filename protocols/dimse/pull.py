@@ -14,7 +14,7 @@ from pathlib import Path
 
 from imaging.header import Header
 from protocols.dimse import moves
-from protocols.dimse.ends import BrokenGet, NoRoom, associating
+from protocols.dimse.ends import BrokenGet, NoAssociation, associating
 from protocols.dimse.get import (
     DESTINATION_UNKNOWN,
     PATIENT_ROOT_GET,
@@ -244,7 +244,7 @@ class Pull:
                         continue
                     moving = bool(self._moves or one.moves)
                     (self._by_move if moving else self._by_get)(one)
-                except NoRoom as exc:
+                except NoAssociation as exc:
                     self._put_back(self._taken())
                     if self._established:
                         return  # others are at work
