@@ -27,7 +27,7 @@ from protocols.dimse.command import (
 from protocols.dimse.contexts import UNCOMPRESSED, Pair
 from protocols.dimse.direct import DirectAssociation, associate
 from protocols.dimse.message import C_STORE_RQ
-from protocols.dimse.query import CANCELLED, MEDIUM, PENDING, PRIVATE, Conversation
+from protocols.dimse.query import C_GET_RQ, C_MOVE_RQ, CANCELLED, MEDIUM, PENDING, PRIVATE, Conversation
 from protocols.dimse.receive import Depot, Responder, receive
 from protocols.dimse.stream import MAX_LIST, Released
 from protocols.dimse.transport import Peer
@@ -38,7 +38,7 @@ from transfer.throttle import Throttle
 
 STUDY_ROOT_GET, PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008.5.1.4.1.2.1.3"
 STUDY_ROOT_MOVE, PATIENT_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2"
-C_GET_RQ, C_GET_RSP, C_MOVE_RQ, C_MOVE_RSP = 0x0010, 0x8010, 0x0021, 0x8021
+C_GET_RSP, C_MOVE_RSP = 0x8010, 0x8021
 DESTINATION_UNKNOWN, WARNINGS = 0xA801, 0xB000
 INSTANCE_BYTES = 384  # of a response, a request and an instance together; only the smallest instances have fewer
 UNSUPPORTED = (0x0122, 0x0211)  # PS3.7 Annex C: SOP class not supported, unrecognised operation

@@ -36,6 +36,8 @@ from transfer.throttle import Throttle
 
 STUDY_ROOT_FIND, PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.1.1"
 C_FIND_RQ, C_FIND_RSP, C_CANCEL_RQ, C_ECHO_RQ = 0x0020, 0x8020, 0x0FFF, 0x0030
+C_GET_RQ, C_MOVE_RQ = 0x0010, 0x0021
+SERVICES: dict[int | str | bytes, str] = {C_FIND_RQ: "C-FIND", C_GET_RQ: "C-GET", C_MOVE_RQ: "C-MOVE"}
 PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
 CANCELLED = 0xFE00
 MEDIUM, FOLLOWS = 0, 1
@@ -78,6 +80,7 @@ class Conversation:
             self.association.abort()
 
     _outstanding = False  # whether a request has no final response yet
+    _unanswered = ""  # what was asked for last, as long as nothing has come since
 
     def ask(self, context: int, elements: dict[int, int | str | bytes], data: bytes | None) -> int:
         """Send a request, with a data set if there is one; return its message id."""
@@ -85,7 +88,7 @@ class Conversation:
         dataset_type = 0x0101 if data is None else FOLLOWS
         command = encoded({**elements, MESSAGE_ID: self._message_id, DATASET_TYPE: dataset_type})
         self.stream.send(pdus(context, command, data, self.association.max_send))
-        self._outstanding = True
+        self._outstanding, self._unanswered = True, SERVICES.get(elements[FIELD], "")
         return self._message_id
 
     def cancel(self, context: int, message_id: int) -> None:
@@ -100,10 +103,17 @@ class Conversation:
             Interrupted, TimedOut: the association ended.
         """
         try:
-            return self.stream.command()
+            found = self.stream.command()
         except Released as exc:
             self.released = True
             raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
+        except Interrupted as exc:
+            if self._unanswered:  # so Orthanc refuses a service to a node
+                may = f"is {self.peer.calling} registered there, and allowed that?"
+                exc.message += f" when it was asked by {self._unanswered}: {may}"
+            raise
+        self._unanswered = ""
+        return found
 
     def final(self, command: CommandSet, keys: Mapping[str, str], doing: str) -> None:
         """Raise an error if the final status of C-FIND is not success."""

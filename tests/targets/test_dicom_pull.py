@@ -337,7 +337,7 @@ def test_a_link_that_breaks_at_c_get_is_worth_another_attempt_though_c_move_is_n
 ) -> None:
     with (
         archive(study(), on_get=ends, on_move=lambda request, found: [Last(0xA801, None, None, None)]) as peer,
-        pytest.raises(Interrupted, match=r"aborted.*the peer doesn't know the move destination"),
+        pytest.raises(Interrupted, match=r"asked by C-GET: is \S+ registered .*the peer doesn't know the move"),
     ):
         pull(peer, tmp_path / "in")
 

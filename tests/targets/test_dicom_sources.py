@@ -34,7 +34,7 @@ from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
 from tests.targets.dicomweb import dicomweb_target
 from tests.targets.pulling import AET, assert_agrees, datasets, port_of_moves, store, study
-from transfer.errors import Misconfigured
+from transfer.errors import Interrupted, Misconfigured
 from transfer.receipt import PushReport, State
 
 
@@ -98,7 +98,7 @@ def test_searches_of_orthanc(folder: Path, tmp_path: Path) -> None:
 def test_an_orthanc_that_allows_us_no_c_get_sends_by_c_move(tmp_path: Path, port: int) -> None:
     us = {"AET": "US", "Host": "127.0.0.1", "Port": port, "AllowGet": False}
     nodes = {"us": us, "there": [AET, "127.0.0.1", port]}
-    settings = {"DicomModalities": nodes, "DicomAlwaysAllowGet": False}
+    settings = {"DicomModalities": nodes, "DicomAlwaysAllowGet": False, "DicomAlwaysAllowFind": False}
     with orthanc(tmp_path / "orthanc", settings=settings) as server:
         for file in study():
             server.request("POST", "/instances", file)
@@ -106,6 +106,10 @@ def test_an_orthanc_that_allows_us_no_c_get_sends_by_c_move(tmp_path: Path, port
         receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
         assert receipt.state is State.DELIVERED and set(datasets(tmp_path / "in")) == server.uids()
         assert any("by C-MOVE" in note for note in receipt.notes)
+        # By its own settings it lets nobody search who is not registered there.
+        stranger = dicom_target(server.dicom_port, aet_target=server.aet, aet_source="STRANGER", direction="query")
+        with pytest.raises(Interrupted, match="asked by C-FIND: is STRANGER registered there"):
+            list(find(stranger, Query()))
 
 
 def test_an_orthanc_that_ends_searches_at_a_limit_loses_nothing(tmp_path: Path) -> None:
