@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from transfer.columns import check, check_lines, check_title, only_column
+from transfer.columns import BETWEEN, check, check_lines, check_title, only_column
 from transfer.errors import Misconfigured
 
 MOST_CHARS = 64
@@ -19,7 +19,6 @@ TITLES = frozenset((
     "accession", "accessionnumber", "accessionno", "accessionnr", "accessionid", "accno", "accnr", "accnum", "acc",
     "accessions", "accessionnumbers", "accnumber", "studyaccessionnumber",
 ))  # fmt: skip
-BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060\uff0c\uff1b\u3001]+")
 UNSEEN = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")  # directions of writing: no part of a number
 _EDGES = re.compile(r"^[\s\u200b\ufeff\u2060]+|[\s\u200b\ufeff\u2060]+$")  # what surrounds a cell, seen or not
 _BLANK_LINES = re.compile(r"\A(?:[ \t,;]*\r?\n)+")

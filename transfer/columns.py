@@ -14,6 +14,7 @@ from transfer.errors import Misconfigured
 
 Rows = Sequence[Sequence[str]]
 
+BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060\uff0c\uff1b\u3001]+")  # the values of a list
 SURE = 3  # rows that agree in how long the numbers of each column are, after which that is no chance
 _DATE = re.compile(
     r"(?:\d{4}([-./ ])\d{1,2}\1\d{1,2}|\d{1,2}([-./ ])\d{1,2}\2(?:\d{4}|\d\d)|"
@@ -65,7 +66,7 @@ def check(rows: Rows, sign: str) -> list[str]:
         columns = columns[1:]  # the rows are counted
         if len(columns) == 1:
             return columns[0]
-    if len(columns) > 1 and not _are_a_list(columns, len(rows), sign):
+    if len(columns) > 1 and not _are_a_list(columns, len(rows), sign) and not _is_ragged_list(rows):
         raise _doubtful()
     return []
 
@@ -77,7 +78,7 @@ def check_lines(lines: Iterable[Sequence[str]]) -> None:
         DoubtfulColumn: words stand beside numbers, or dates beside what is none.
     """
     several = [line for line in lines if len(line) > 1]
-    if several and (all(map(_has_words, several)) or (len(several) > 1 and all(map(_has_one_date, several)))):
+    if len(several) > 1 and (all(map(_has_words, several)) or all(map(_has_one_date, several))):
         raise _doubtful()
 
 
@@ -116,6 +117,15 @@ def _are_a_list(columns: Sequence[Sequence[str]], rows: int, sign: str) -> bool:
         return False
     # Of numbers without letters nothing shows that those beside them are not patients' IDs.
     return sign != "\t" or rows == 1 or not all(cell.isdecimal() for column in columns for cell in column)
+
+
+def _is_ragged_list(rows: Rows) -> bool:
+    """Return True if lines have different numbers of values, of one kind: no table is written so, a list may be."""
+    if len({len(row) for row in rows}) == 1:
+        return False
+    values = [value for row in rows for cell in row for value in BETWEEN.split(cell) if value]
+    dates = list(map(_is_date, values))
+    return all(map(_has_digit, values)) and len(set(map(_mask, values))) == 1 and (all(dates) or not any(dates))
 
 
 def _are_alike(columns: Sequence[Sequence[str]], form: Callable[[str], str]) -> bool:

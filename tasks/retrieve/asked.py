@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from imaging.header import UID
 from imaging.query import Query
-from transfer.accessions import BETWEEN, UNSEEN
+from transfer.accessions import UNSEEN
+from transfer.columns import BETWEEN
 from transfer.errors import Misconfigured
 
 MOST_CHARS = 1000  # of a value; DICOM's own limits are lower, and archives exceed them

@@ -102,6 +102,11 @@ from transfer.errors import Misconfigured
         # No tables: lists in several lines.
         ("A1,A2\nA3,A4", ("A1", "A2", "A3", "A4")),
         ("X,Y\nZ,W", ("X", "Y", "Z", "W")),
+        ("A1, A2\tA3\r\nA1 A4", ("A1", "A2", "A3", "A4")),
+        ("1001\t1002\n1003", ("1001", "1002", "1003")),
+        ("1001, 1002\t1003\n1004 1005", ("1001", "1002", "1003", "1004", "1005")),
+        ("A1\tB2 CT3\nD4;E5", ("A1", "B2", "CT3", "D4", "E5")),
+        ("A1 NOPE A2", ("A1", "NOPE", "A2")),
         ("ONE,TWO\n1A,2B,3C", ("ONE", "TWO", "1A", "2B", "3C")),
         ("", ()),
         (" \n,;\t", ()),
@@ -144,6 +149,9 @@ def test_what_a_spreadsheet_has_shortened_is_refused_and_not_looked_for(text: st
         "A1,Doe^John",
         "0012345,4711\n0012346,4712\n0012347,4713",
         "A100,P100\nA101,P101\nA102,P102",
+        "A1\t4711\nA2",
+        "A1\tDoe, John\nA2",
+        "A1\t1970-01-01\nA2",
         # Some cells are empty, or were cut off.
         "A1\tDoe\tx\nA2\tRoe\nA3\t",
         "1\tA1\tDoe\n2\tA2\tRoe",
