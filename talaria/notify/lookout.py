@@ -41,7 +41,7 @@ from transfer.home import Home, host_name
 from transfer.ledger import Ledger
 from transfer.shared import of_queue
 
-PAGE, MOST_RUNS = 200, 2000  # of those that have not ended, the oldest
+MOST_RUNS = 2000  # of those that have not ended, the oldest
 UNSWEPT_S = 3600.0  # of a sweep, after it was due
 SURE_S = 600.0  # for which it was seen to be so: a worker that has just started may be about to begin it
 DAYS = (1, 7, 30)  # before a certificate expires, when that is told
@@ -82,22 +82,8 @@ async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterabl
 
 
 async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int]) -> None:
-    now, found = datetime.now(UTC), list[FlowRun]()
-    before = {"before_": now - timedelta(seconds=min(seconds))}
-    while len(found) < MOST_RUNS:
-        page = await client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=NOT_ENDED)),
-                expected_start_time=FlowRunFilterExpectedStartTime.model_validate(before),
-            ),
-            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-            limit=PAGE,
-            offset=len(found),
-        )
-        found += page
-        if len(page) < PAGE:
-            break
+    now = datetime.now(UTC)
+    found = await _expected(client, list(FLOWS), NOT_ENDED, now - timedelta(seconds=min(seconds)))
     paused = await _parts_of(client, [run for run in found if _is_paused(run)]) if found else set()
     for run in found:
         planned = run.expected_start_time
@@ -110,24 +96,26 @@ async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int])
                 await asyncio.to_thread(_say_late, ledger, run, late_s, again)
 
 
+async def _expected(
+    client: PrefectClient, flows: list[str], states: list[StateType], before: datetime
+) -> list[FlowRun]:
+    """Return the runs of some flows, in some states, that were to begin before a time; the oldest MOST_RUNS or so."""
+    return await every(
+        client.read_flow_runs,
+        most=MOST_RUNS,
+        flow_filter=FlowFilter(name=FlowFilterName(any_=flows)),
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
+            expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": before}),
+        ),
+        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+    )
+
+
 async def _say_unswept(client: PrefectClient, ledger: Ledger) -> None:
     """Say of each source whose sweep is long due that no worker begins it, as of one whose host is dead."""
-    now, seen, found = datetime.now(UTC), time.monotonic(), list[FlowRun]()
-    due = {"before_": now - timedelta(seconds=UNSWEPT_S)}
-    while len(found) < MOST_RUNS:
-        page = await client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=["batch"])),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-                expected_start_time=FlowRunFilterExpectedStartTime.model_validate(due),
-            ),
-            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-            limit=PAGE,
-            offset=len(found),
-        )
-        found += page
-        if len(page) < PAGE:
-            break
+    now, seen = datetime.now(UTC), time.monotonic()
+    found = await _expected(client, ["batch"], [StateType.SCHEDULED], now - timedelta(seconds=UNSWEPT_S))
     first = dict[str, FlowRun]()
     for run in found:
         first.setdefault(str(run.parameters.get("source", "")), run)
