@@ -17,7 +17,7 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.message import VERIFICATION
 from protocols.dimse.turns import Turns
-from protocols.net.connection import SLICE_S
+from protocols.net.connection import SLICE_S, host_of
 
 HANDSHAKE_S = 10  # for a peer to begin, and to shake hands
 IDLE_S = 60  # silence on an association after which it is ended
@@ -105,5 +105,4 @@ class _Handler(RequestHandler):
         super().handle()
 
     def _context(self) -> ssl.SSLContext | None:
-        host = str(self.client_address[0]).removeprefix("::ffff:")
-        return self.server.turns.context(host) if isinstance(self.server, _Server) else None
+        return self.server.turns.context(host_of(self.client_address)) if isinstance(self.server, _Server) else None

@@ -17,6 +17,7 @@ from protocols.dimse.scp import CALLING_UNKNOWN, NO_REASON, Refusal, StorageScp
 from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.transport import Peer
 from protocols.dimse.turns import Turns
+from protocols.net.connection import host_of
 from transfer.errors import NothingCame
 
 MOST_NAMED = 5  # addresses that a message names
@@ -215,7 +216,7 @@ def addresses(host: str, port: int) -> frozenset[str]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         return frozenset()
-    return frozenset(str(address[0]).removeprefix("::ffff:") for *_, address in found)
+    return frozenset(host_of(address) for *_, address in found)
 
 
 DESK = MoveDesk()

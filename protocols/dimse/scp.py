@@ -24,6 +24,7 @@ from protocols.dimse import acceptance
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.message import ABORT_PDU
 from protocols.dimse.served import Accepted, Caller, ServedAssociation, Visit
+from protocols.net.connection import host_of
 from transfer.errors import Cancelled, DispatchError, Interrupted
 from transfer.oserrors import words_of
 
@@ -152,7 +153,7 @@ class StorageScp:
                 if self._deaf.wait(0.05):  # else out of descriptors, for one
                     return
                 continue
-            host = str(address[0]).removeprefix("::ffff:")
+            host = host_of(address)
             with self._lock:
                 full = self._new[host] >= MOST_NEW_OF_ONE or self._new.total() >= MOST_NEW
                 if not full:

@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from typing import cast
@@ -29,6 +29,11 @@ LINE_S = 120.0  # from the first byte of a line, or of a head, to its end: a pee
 HEAD_BYTES = READ_BYTES - 65_536  # of a head that is read; one has room in the buffer
 
 _AGAIN_READ = (BlockingIOError, ssl.SSLWantReadError)
+
+
+def host_of(address: Sequence[object]) -> str:
+    """Return the host of a socket's address: an address of IPv4 as such, also where a socket of IPv6 gives it."""
+    return str(address[0]).removeprefix("::ffff:")
 
 
 def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
