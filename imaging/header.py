@@ -220,7 +220,7 @@ def instance_uid(beginning: bytes) -> str:
     if beginning[128:132] != b"DICM" or at < 0:
         return ""
     start = at + 8
-    return _text(beginning[start : start + int.from_bytes(beginning[at + 6 : start], "little")])
+    return plain_text(beginning[start : start + int.from_bytes(beginning[at + 6 : start], "little")])
 
 
 def other_instance(ours: bytes, theirs: bytes) -> bool:
@@ -366,12 +366,13 @@ def inflated_limit(size: int) -> int:
     return INFLATED_BYTES + INFLATED_TIMES * size
 
 
-def _text(raw: bytes) -> str:
+def plain_text(raw: bytes) -> str:
+    """Return a value of ASCII, or what stands for one, without its padding."""
     return raw.rstrip(b"\0 ").decode("latin-1").strip()
 
 
 # What the files of a study have in common is decoded once, and kept in memory once.
-_common = lru_cache(maxsize=256)(_text)
+_common = lru_cache(maxsize=256)(plain_text)
 _common_number = lru_cache(maxsize=256)(int)
 
 
@@ -382,7 +383,7 @@ def _common_decoded(raw: bytes, charset: bytes) -> str:
 
 def _header(found: dict[int, bytes], syntax: str, offset: int, *, part10: bool, explicit: bool, odd: bool) -> Header:
     sop_class = _common(found.get(0x00080016, b""))
-    instance = _text(found.get(0x00080018, b""))
+    instance = plain_text(found.get(0x00080018, b""))
     for uid, name in ((sop_class, "SOP Class UID (0008,0016)"), (instance, "SOP Instance UID (0008,0018)")):
         if not uid:
             raise Damaged(f"no {name}")

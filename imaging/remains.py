@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from imaging.charset import decoded
-from imaging.header import DEFLATED_SYNTAXES, EXPLICIT_BIG, KEPT_BYTES, PREAMBLE_BYTES, UID
+from imaging.header import DEFLATED_SYNTAXES, EXPLICIT_BIG, KEPT_BYTES, PREAMBLE_BYTES, UID, plain_text
 from imaging.walk import Damaged, FileWindow, Walk
 
 _STUDY, _SERIES, _INSTANCE, _ACCESSION, _CHARSET = 0x0020000D, 0x0020000E, 0x00080018, 0x00080050, 0x00080005
@@ -37,7 +37,7 @@ def remains(fd: int, size: int) -> Remains:
     offset = PREAMBLE_BYTES if size > PREAMBLE_BYTES and window.at(128, 4) == b"DICM" else 0
     meta, offset = _meta(window, offset)
     best = Remains(instance=_uid(meta.get(_META_INSTANCE, b"")))
-    for found in _readings(window, offset, _text(meta.get(_META_SYNTAX, b""))):
+    for found in _readings(window, offset, plain_text(meta.get(_META_SYNTAX, b""))):
         one = Remains(
             _uid(found.get(_STUDY, b"")),
             _uid(found.get(_SERIES, b"")),
@@ -88,11 +88,7 @@ def _inflated(window: FileWindow, offset: int) -> bytes:
     return bytes(data)
 
 
-def _text(raw: bytes) -> str:
-    return raw.rstrip(b"\0 ").decode("latin-1").strip()
-
-
 def _uid(raw: bytes) -> str:
     """Return a value if it can be a UID: what is read behind a damage may be anything."""
-    uid = _text(raw)
+    uid = plain_text(raw)
     return uid if UID.fullmatch(uid) else ""
