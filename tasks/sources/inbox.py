@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -117,7 +117,7 @@ def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = No
                     mark.add(relative, 0, 0)
                 continue
             if entry.name == MARKER and not below:
-                marked_ns = max(info.st_mtime_ns, info.st_ctime_ns)
+                marked_ns = _put_there_ns(entry)
             if is_excluded(entry.name, names):
                 continue
             if stat.S_ISDIR(info.st_mode):
@@ -128,6 +128,18 @@ def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = No
             if facts is not None and stat.S_ISREG(info.st_mode):
                 facts.append(_facts(f"{path}/{relative}", info))
     return mark, bool(marked_ns) and marked_ns >= mark.newest_ns
+
+
+def _put_there_ns(marker: os.DirEntry[str]) -> int:
+    """Return when a marker was put into its folder, in nanoseconds since the epoch; 0 if it has gone.
+
+    As of files, the time that it brings along says nothing: one of the future would make complete all that ever comes.
+    """
+    try:
+        info = marker.stat(follow_symlinks=False)
+    except OSError:
+        return 0
+    return info.st_ctime_ns or info.st_mtime_ns
 
 
 def root(source: InboxSource) -> str:
@@ -180,12 +192,14 @@ class _Unread:
 
 def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
     """Read the headers of what is new, then yield a unit for each UID, and one for what is to be told."""
-    name, unread, told = source.name, _Unread(), set[str]()
+    name, unread, told, marked = source.name, _Unread(), set[str](), dict[str, int]()
     gone = ledger.sources.folders(name)
-    for below, entries in _folders(folder, source.globs, unread):
+    for below, entries, marked_ns in _folders(folder, source.globs, unread):
         check()
         kept = _remembered(below)
         gone.discard(kept)
+        if marked_ns:
+            marked[kept] = marked_ns
         known = ledger.sources.files(name, kept)
         new = []
         for entry in entries:
@@ -210,8 +224,9 @@ def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[
             ledger.sources.note(name, kept, (), ledger.sources.files(name, kept))
     for uid, files in groupby(ledger.sources.by_uid(name), key=lambda one: one.uid):
         check()
-        mark, paths, is_known = Fingerprint(), [], True
+        mark, paths, is_known, within = Fingerprint(), [], True, set[str]()
         for one in files:
+            within.add(one.folder)
             inside = _joined(one.folder, one.name)
             is_known = is_known and not unread.has(inside)
             paths.append(_joined(folder.rstrip("/"), _path(one.folder), _path(one.name)))
@@ -222,13 +237,32 @@ def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[
             why = f"{len(paths)} files are damaged, not whole, or without the UID of a {source.unit}"
             yield _told(uid, [one[inside_of:] for one in paths], mark, why, source)
         elif is_known:  # what can't be read now may belong to it, too, but nobody knows that
-            unit = Unit(uid, tuple(paths), str(mark), mark.newest_ns / 1e9, mark.files, source.origin, source.reaches)
+            whole, newest = _are_whole(within, marked, mark.newest_ns), mark.newest_ns / 1e9
+            unit = Unit(uid, tuple(paths), str(mark), newest, mark.files, source.origin, source.reaches, whole)
             yield in_time(unit, source)
     if unread.why:
         told.add(UNREAD)
         yield unread.unit(source)
     if well := {DAMAGED, UNREAD} & ledger.sources.units(name, UnitState.HELD).keys() - told:
         ledger.sources.forget(name, well)
+
+
+def _are_whole(folders: Iterable[str], marked: Mapping[str, int], newest_ns: int) -> bool:
+    """Return True if each of some folders, or one that it lies in, has a marker that is not older than a time.
+
+    Args:
+        marked: when the markers of folders were put there, by paths relative to the inbox.
+    """
+    young = {folder for folder, marked_ns in marked.items() if marked_ns >= newest_ns}
+    return bool(young) and all(not young.isdisjoint(_and_above(one)) for one in folders)
+
+
+def _and_above(folder: str) -> Iterator[str]:
+    """Yield a folder, relative to the inbox, those that it lies in, and the inbox itself."""
+    while folder:
+        yield folder
+        folder = folder.rpartition("/")[0]
+    yield ""
 
 
 def _told(key: str, paths: list[str], mark: Fingerprint, why: str, source: InboxSource) -> Unit:
@@ -256,15 +290,21 @@ def _joined(*parts: str) -> str:
     return "/".join(filter(None, parts))
 
 
-def _folders(folder: str, exclude: tuple[str, ...], unread: _Unread) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Yield each folder, relative to the inbox, with its plain files; add those that can't be read."""
+def _folders(
+    folder: str, exclude: tuple[str, ...], unread: _Unread
+) -> Iterator[tuple[str, list[os.DirEntry[str]], int]]:
+    """Yield each folder, relative to the inbox, its plain files, and when its marker was put there (0 for none).
+
+    Those that can't be read are added to `unread`.
+    """
     stack, names = [""], (*exclude, *OWN_NAMES)
     while stack:
         below = stack.pop()
         prefix = f"{below}/" if below else ""
         try:
             with os.scandir(f"{folder}/{below}" if below else folder) as listing:
-                entries = [one for one in listing if not is_excluded(one.name, names)]
+                every = list(listing)
+            entries = [one for one in every if not is_excluded(one.name, names)]
             folders = [f"{prefix}{one.name}" for one in entries if one.is_dir(follow_symlinks=False)]
             stack += [one for one in folders if one != LOST_AND_FOUND]
             found = [one for one in entries if one.is_file(follow_symlinks=False)]
@@ -274,7 +314,7 @@ def _folders(folder: str, exclude: tuple[str, ...], unread: _Unread) -> Iterator
             unread.folders.add(_remembered(prefix))
             unread.why = words_of(exc)
             continue
-        yield below, found
+        yield below, found, max((_put_there_ns(one) for one in every if one.name == MARKER), default=0)
 
 
 def _uid(path: str, source: InboxSource) -> str:

@@ -89,6 +89,48 @@ def test_what_may_still_be_written_to_waits(bench: Bench) -> None:
     assert not bench.sweep().runs, "a file that is younger than the marker is not what it was about"
 
 
+@pytest.mark.parametrize("unit", ["study", "series"])
+@pytest.mark.parametrize(
+    ("markers", "ready"),
+    [
+        (["a/b", "c"], True),
+        (["a", "c"], True),
+        ([""], True),
+        (["a/b"], False),
+        (["a", "d"], False),
+        ([], False),
+    ],
+    ids=["beside", "above", "in the inbox", "of a part", "elsewhere", "none"],
+)
+def test_loose_files_are_complete_where_each_of_their_folders_is(
+    bench: Bench, unit: str, markers: list[str], ready: bool
+) -> None:
+    bench.source = bench.named(unit=unit, settle_s=1000)
+    (bench.inbox / "d").mkdir()
+    for number, where in enumerate(("a/b", "c")):
+        material.dicom(bench.inbox / where / f"{number}.dcm", study="1.2", series="1.2.1")
+    for where in markers:
+        (bench.inbox / where / ".complete").touch()
+    assert bool(bench.sweep().runs) == ready
+    if ready:
+        bench.dispatch()
+        material.dicom(bench.inbox / "c" / "late.dcm", study="1.2", series="1.2.1")
+        assert not bench.sweep().runs, "a file that is younger than the marker is not what it was about"
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_a_marker_of_the_future_says_nothing_of_what_comes_after_it(bench: Bench, unit: str) -> None:
+    bench.source = bench.named(unit=unit, settle_s=1000)
+    (bench.inbox / "s").mkdir()
+    marker = bench.inbox / "s" / ".complete"
+    marker.touch()
+    os.utime(marker, (time.time() + 500_000, time.time() + 500_000))
+    (path,) = material.ct(bench.inbox / "s", 1)
+    while path.stat().st_ctime_ns <= marker.stat().st_ctime_ns:  # clocks of file systems tick each four milliseconds
+        path.touch()
+    assert bench.sweep().waiting == 1
+
+
 def test_a_copy_that_keeps_its_times_is_as_young_as_it_is(bench: Bench) -> None:
     bench.source = bench.named(settle_s=1000)
     (path,) = material.ct(bench.inbox / "copied", 1)
