@@ -37,7 +37,8 @@ backlog = ListSource.load("BLOCK_NAME")
     )
     column: str = Field(
         default="",
-        description="Name of the column of a CSV file that holds the paths or accession numbers; empty for the first.",
+        description="Name of the column of a CSV file that holds the paths or accession numbers; empty for the one "
+        "that has paths, or is titled for numbers.",
         title="Column",
         json_schema_extra=about(Group.CONNECTION, advanced=True, placeholder="path"),
     )

@@ -148,10 +148,29 @@ def _column(text: str, source: ListSource) -> list[str]:
             )
         at, rows = titles.index(source.column), rows[1:]
     else:
-        at = 0
-        if _is_title(titles[0], [row[0].strip() for row in rows[1:]], Path(source.file).parent):
+        folder = Path(source.file).parent
+        at = _of_paths(rows, folder)
+        if len(rows[0]) > at and _is_title(titles[at], _cells(rows[1:], at), folder):
             rows = rows[1:]
+    return _cells(rows, at)
+
+
+def _cells(rows: list[list[str]], at: int) -> list[str]:
+    """Return the values of a column."""
     return [value for row in rows if len(row) > at and (value := row[at].strip(BLANKS))]
+
+
+def _of_paths(rows: list[list[str]], folder: Path) -> int:
+    """Return the column that has the paths: the first, unless nothing in it is one and one other has them alone.
+
+    What stands in the first then may be patients' names, which would be looked for as folders, and reported.
+    """
+    first = _cells(rows, 0)
+    if rows[0][0].strip().casefold() in TITLES or any("/" in one or os.path.lexists(folder / one) for one in first):
+        return 0
+    others = {at: _cells(rows[1:], at) or _cells(rows, at) for at in range(1, max(map(len, rows)))}
+    found = [at for at, values in others.items() if values and all(one.startswith("/") for one in values)]
+    return found[0] if len(found) == 1 else 0
 
 
 def _is_title(text: str, others: list[str], folder: Path) -> bool:

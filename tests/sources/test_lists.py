@@ -80,10 +80,15 @@ def test_paths_with_names_of_any_kind(tmp_path: Path, name: str) -> None:
         ("a.csv", "/a,x\n/b,y\n", {}, ["/a", "/b"]),
         ("a.csv", '\ufeffid,"where it is"\n1,"/a, b"\n2,/c\n3\n', {"column": "where it is"}, ["/a, b", "/c"]),
         ("a.txt", "id\tpath\n1\t/a\n", {"column": "path"}, ["/a"]),
+        ("a.csv", "Patient;Path\nDOE^J;/a\nROE^J;/b\n", {}, ["/a", "/b"]),
+        ("a.csv", "DOE^J,,/a\nROE^J,x,/b\n", {}, ["/a", "/b"]),
+        ("a.csv", "study,copy\ns1,/old/s1\n", {}, ["{here}/s1"]),
+        ("a.csv", "nr,copy,backup\n1,/old/s1,/old/s2\n", {}, ["{here}/1"]),
     ],
 )
 def test_text_and_csv(tmp_path: Path, name: str, text: str, fields: dict[str, Any], found: list[str]) -> None:
-    assert [path for _, path in lines.lines(listed(tmp_path / name, text, **fields))] == found
+    wanted = [path.format(here=tmp_path) for path in found]
+    assert [path for _, path in lines.lines(listed(tmp_path / name, text, **fields))] == wanted
 
 
 def test_accession_numbers(tmp_path: Path) -> None:
