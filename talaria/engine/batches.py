@@ -145,9 +145,11 @@ async def _waiting(client: PrefectClient, deployment_id: UUID) -> FlowRun | None
 
 
 async def schedule_of(client: PrefectClient, name: str) -> list[str]:
-    """Return the schedules that a source's deployment has now, in words."""
+    """Return the schedules that a source's deployment has now, in words; people may have paused one, or all of it."""
     there = await _deployment(client, name)
-    return [_words(one.schedule) + ("" if one.active else ", paused") for one in there.schedules] if there else []
+    if there is None:
+        return []
+    return [_words(one.schedule) + ("" if one.active and not there.paused else ", paused") for one in there.schedules]
 
 
 async def deploy_all(client: PrefectClient) -> None:

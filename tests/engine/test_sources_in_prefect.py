@@ -51,7 +51,12 @@ def test_a_source_has_the_schedule_that_it_is_saved_with(up: Talaria, tmp_path: 
     edit = {"data": data | {"cron": "", "interval_s": 3600, "enabled": False}, "merge_existing_data": False}
     assert ask(up, "PATCH", path, edit).status_code == 204
     assert schedules(up, "kept-night") == [3600] and deployment(up, "kept-night").json()["paused"]
+    assert up.told("source", "show", "kept-night")["schedule"] == ["every 3600 s, paused"]
+    up.told("source", "resume", "kept-night")
     assert up.told("source", "show", "kept-night")["schedule"] == ["every 3600 s"]
+    deployed = f"/deployments/{deployment(up, 'kept-night').json()['id']}"
+    assert ask(up, "POST", f"{deployed}/pause_deployment", {}).status_code == 200  # as the switch of its page does
+    assert up.told("source", "show", "kept-night")["schedule"] == ["every 3600 s, paused"]
     assert ask(up, "DELETE", path, None).status_code == 204
     assert deployment(up, "kept-night").status_code == 404 and there(up, "kept-night") == []
 
