@@ -6,6 +6,7 @@ source itself gets another one. Schedules that people add are theirs, and ours h
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -71,11 +72,22 @@ async def deploy(client: PrefectClient, source: Source, before: Source | None = 
         return
     if before is None and hosts.of_queue(there.work_queue_name):
         del ours["work_queue_name"]  # a host that just starts is not the one that it was applied on
-    await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
+    await put_right(client, there, ours)
     if before is not None and any(getattr(source, name) != getattr(before, name) for name in WHEN):
         await _reschedule(client, there.id, source, before)
     if before is not None and source.enabled != before.enabled:
         await pause(client, source)
+
+
+async def put_right(client: PrefectClient, there: DeploymentResponse, ours: dict[str, Any]) -> None:
+    """Give a deployment what is ours of it; one that has it is left alone.
+
+    With each change, Prefect deletes the runs that schedules have planned. It plans them anew some seconds later, but
+    not what was due by then, and not as people had changed them.
+    """
+    known = json.loads(json.dumps(ours))  # as the server has it
+    if any(getattr(there, name) != value for name, value in known.items()):
+        await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
 
 
 async def _reschedule(client: PrefectClient, deployment_id: UUID, source: Source, before: Source) -> None:

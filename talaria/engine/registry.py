@@ -16,7 +16,7 @@ from prefect.utilities.callables import parameter_schema
 
 from blocks import SOURCES, TYPES
 from talaria.engine import hosts
-from talaria.engine.batches import deploy_all
+from talaria.engine.batches import deploy_all, put_right
 from talaria.engine.table import FLOWS
 from talaria.settings import POOL
 from tasks.paging import every
@@ -147,7 +147,7 @@ async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], en
             "work_pool_name": POOL,
             "work_queue_name": queue,
         }
-        await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
+        await put_right(client, there, ours)
         return
     await client.create_deployment(
         flow_id=flow_id,
