@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from talaria.engine import hosts
@@ -22,16 +23,27 @@ PRIORITIES = QUEUES.keys() - {CHECKS}
 _CREATES = re.compile(r"/api(/deployments/[0-9a-fA-F-]{32,36})/create_flow_run(?:/bulk)?/?")
 
 
+@dataclass(frozen=True)
+class _Deployment:
+    """What a deployment of ours gives a run that says neither: a priority, "" if its flow has none, and a queue."""
+
+    priority: str
+    queue: str
+
+
 class QueueOfPriority:
     """Prefect's application; a run of ours that is created goes into the queue that its parameter `priority` names.
 
+    So does one that has it from its deployment, unless it is for a queue that is none of ours, which people have made.
     One that names a host's queue goes into that host's: what its paths mean on another host may be another patient's.
     A dispatch gets a name that says where to.
     """
 
     def __init__(self, app: Application) -> None:
         self.app = app
-        self._known: dict[str, tuple[float, bool]] = {}  # by deployment: until when, and whether it is ours
+        self._known: dict[
+            str, tuple[float, _Deployment | None]
+        ] = {}  # by id, until when; None for one that is not ours
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         creates = _CREATES.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -41,22 +53,29 @@ class QueueOfPriority:
         body = await read(receive, send, "runs")
         if body is None:
             return
-        changed = _put_right(body)
-        if changed is not None and await self._is_ours(scope, creates[1]):
+        ours = await self._ours(scope, creates[1])
+        changed = _put_right(body, ours) if ours else None
+        if changed is not None:
             body = changed
             scope = with_body(scope, body)
         await self.app(scope, again(body, receive), send)
 
-    async def _is_ours(self, scope: Message, deployment: str) -> bool:
+    async def _ours(self, scope: Message, deployment: str) -> _Deployment | None:
         now = time.monotonic()
-        until, ours = self._known.get(deployment, (0.0, False))
+        until, ours = self._known.get(deployment, (0.0, None))
         if until > now:
             return ours
         async with asking(self.app, scope) as client:
-            found = await client.get(deployment)
-        if found.status_code != 200:  # it may be there for others, or soon
-            return False
-        ours = bool(found.json().get("work_pool_name") == POOL)
+            answer = await client.get(deployment)
+        if answer.status_code != 200:  # it may be there for others, or soon
+            return None
+        found = answer.json()
+        if found.get("work_pool_name") == POOL:
+            fields = (found.get("parameter_openapi_schema") or {}).get("properties") or {}
+            given = (found.get("parameters") or {}).get("priority") or fields.get("priority", {}).get("default")
+            ours = _Deployment(str(given or ""), str(found.get("work_queue_name") or ""))
+        else:
+            ours = None
         self._known = {key: known for key, known in self._known.items() if known[0] > now}
         self._known[deployment] = now + KNOWN_S, ours
         return ours
@@ -98,12 +117,12 @@ class _Inserting:
         return await self._theirs(session=session, runs=runs)
 
 
-def _put_right(body: bytes) -> bytes | None:
+def _put_right(body: bytes, ours: _Deployment) -> bytes | None:
     """Return the body with each run's queue and name; None if they are right, or it is Prefect's to refuse."""
     try:
         document = json.loads(body)
         runs: list[Any] = document if isinstance(document, list) else [document]
-        right = [{"work_queue_name": _queue(run), "name": _name(run)} for run in runs]
+        right = [{"work_queue_name": _queue(run, ours), "name": _name(run)} for run in runs]
     except (ValueError, AttributeError, TypeError):
         return None
     wrong = False
@@ -114,12 +133,19 @@ def _put_right(body: bytes) -> bytes | None:
     return json.dumps(document).encode() if wrong else None
 
 
-def _queue(run: Any) -> Any:
-    """Return the queue that a run belongs in: of its priority, and its host; that which it names if it has none."""
+def _queue(run: Any, ours: _Deployment | None = None) -> Any:
+    """Return the queue that a run belongs in: of its priority, and its host; that which it names if it has none.
+
+    Args:
+        ours: its deployment, which gives it what it does not say.
+    """
     named, priority = run.get("work_queue_name"), (run.get("parameters") or {}).get("priority")
+    queue = named or (ours.queue if ours else None)
+    if priority is None and ours and str(queue).partition(hosts.AT)[0] in PRIORITIES:
+        priority = ours.priority
     if priority not in PRIORITIES:
         return named
-    host = hosts.of_queue(named)
+    host = hosts.of_queue(queue)
     return f"{priority}{hosts.AT}{host}" if host else priority
 
 

@@ -189,36 +189,70 @@ def test_runs_that_stand_where_they_belong_are_asked_for_once() -> None:
     assert len(server.asked) == asked
 
 
-@pytest.mark.parametrize("pool", ["talaria", "other"])
-@pytest.mark.parametrize("path", ["", "/bulk"])
-def test_a_run_is_created_in_the_queue_of_its_priority(pool: str, path: str) -> None:
-    deployment, seen = f"/api/deployments/{uuid4()}", list[Any]()
+def created(deployment: dict[str, Any], body: Any, path: str = "") -> Any:
+    """What Prefect's application gets where a run of a deployment is asked for."""
+    seen = list[Any]()
 
     async def prefect(scope: Message, receive: Any, send: Any) -> None:
-        answer: Any = {"work_pool_name": pool}
+        answer: Any = deployment
         if scope["method"] == "POST":
-            body = (await receive())["body"]
-            assert dict(scope["headers"])[b"content-length"] == str(len(body)).encode()
-            answer = seen.append(json.loads(body))
+            asked = (await receive())["body"]
+            assert dict(scope["headers"])[b"content-length"] == str(len(asked)).encode()
+            answer = seen.append(json.loads(asked))
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
-    async def created(body: Any) -> Any:
-        seen.clear()
+    async def create() -> None:
         transport = httpx.ASGITransport(QueueOfPriority(prefect))
         async with httpx.AsyncClient(transport=transport, base_url="http://talaria") as client:
-            await client.post(f"{deployment}/create_flow_run{path}", json=[body] if path else body)
-        return seen[0][0] if path else seen[0]
+            await client.post(f"/api/deployments/{uuid4()}/create_flow_run{path}", json=[body] if path else body)
 
-    ours = pool == "talaria"
+    asyncio.run(create())
+    return seen[0][0] if path else seen[0]
+
+
+@pytest.mark.parametrize("pool", ["talaria", "other"])
+@pytest.mark.parametrize("path", ["", "/bulk"])
+def test_a_run_is_created_in_the_queue_of_its_priority(pool: str, path: str) -> None:
+    where, ours = {"work_pool_name": pool}, pool == "talaria"
     for queue in ({}, {"work_queue_name": "normal"}):
-        run = asyncio.run(created({"parameters": {"priority": "urgent"}} | queue))
+        run = created(where, {"parameters": {"priority": "urgent"}} | queue, path)
         assert run.get("work_queue_name") == ("urgent" if ours else queue.get("work_queue_name"))
     for queue in ("urgent@there", "normal@there"):  # files of another host are not those that this one has there
-        run = asyncio.run(created({"parameters": {"priority": "urgent"}, "work_queue_name": queue}))
+        run = created(where, {"parameters": {"priority": "urgent"}, "work_queue_name": queue}, path)
         assert run["work_queue_name"] == ("urgent@there" if ours else queue)
     for odd in ({}, {"parameters": None}, {"parameters": {"priority": []}}, {"parameters": {"priority": "checks"}}):
-        assert asyncio.run(created(odd)) == odd
+        assert created(where, odd, path) == odd
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "named", "right"),
+    [
+        ("offpeak", "normal", None, "offpeak"),  # by the deployment's own parameters
+        ("", "normal", "urgent", "normal"),  # by those of its flow: a queue's name is no priority
+        ("urgent", "normal@there", None, "urgent@there"),
+        ("urgent", "normal", "of-the-lab", "of-the-lab"),  # a queue that people have made
+        ("urgent", "of-the-lab", None, None),
+    ],
+)
+def test_a_run_has_the_priority_of_its_deployment(given: str, own: str, named: str | None, right: str | None) -> None:
+    deployment = {
+        "work_pool_name": "talaria",
+        "work_queue_name": own,
+        "parameters": {"priority": given} if given else {},
+        "parameter_openapi_schema": {"properties": {"priority": {"default": "normal"}}},
+    }
+    asked = {"parameters": {"paths": ["/x"]}} | ({"work_queue_name": named} if named else {})
+    assert created(deployment, asked).get("work_queue_name") == right
+
+
+def test_a_flow_without_priority_keeps_its_queue() -> None:
+    deployment = {"work_pool_name": "talaria", "work_queue_name": "normal", "parameter_openapi_schema": {}}
+    for asked in (
+        {"parameters": {"source": "inbox"}},
+        {"parameters": {"source": "inbox"}, "work_queue_name": "urgent"},
+    ):
+        assert created(deployment, asked) == asked
 
 
 def test_runs_of_schedules_and_automations_stand_in_the_queue_of_their_priority(up: Talaria) -> None:
