@@ -44,6 +44,7 @@ from transfer.throttle import Throttle
 
 BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no study has
 NOBODY = "TALARIA-PROBE"  # for peers that know studies below a patient only
+NOTHING = {"StudyInstanceUID": BOGUS, "PatientID": NOBODY}
 LISTEN_S = 10  # for another process to give up the port on which commitment reports come in
 # What `check` asks for beside C-ECHO: the classes that most studies are made of, and the syntaxes that they come in.
 CHECKED_CLASSES = (
@@ -145,10 +146,10 @@ def check(target: DicomTarget) -> Health:
 
 
 def _probe_queries(health: Health, peer: Peer) -> None:
-    """Ask for a study that doesn't exist, and for C-GET and C-MOVE; only a real move shows whether it arrives."""
+    """Find and get a study that doesn't exist, and ask for C-MOVE; only a real move shows whether it arrives."""
     with health.probe("find") as probe:
         with finder(peer) as asked:
-            found = list(asked.ask_for("STUDY", {"StudyInstanceUID": BOGUS, "PatientID": NOBODY}, ("StudyDate",)))
+            found = list(asked.ask_for("STUDY", NOTHING, ("StudyDate",)))
         root = "Study Root" if asked.root == STUDY_ROOT_FIND else "Patient Root"
         probe.detail = f"C-FIND is answered ({root})"
         if found:
@@ -156,7 +157,7 @@ def _probe_queries(health: Health, peer: Peer) -> None:
     if not health.ok:
         return
     with health.probe("retrieve") as probe:
-        probe.detail = dicom_pull.granted(peer)
+        probe.detail = dicom_pull.granted(peer, NOTHING)
 
 
 def check_move(target: DicomTarget, health: Health) -> None:

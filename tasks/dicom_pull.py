@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 from imaging.query import Match, Query, text
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.direct import associate
-from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
+from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE, failure, getter
 from protocols.dimse.moves import MoveDestination, cannot_come
+from protocols.dimse.offers import USUAL_CLASSES, pairs_for
 from protocols.dimse.pull import Pull
 from protocols.dimse.query import finder
 from protocols.dimse.search import PeerSearch
@@ -21,11 +22,13 @@ from protocols.dimse.transport import Peer
 from protocols.net.hiding import date_forms, forms
 from protocols.net.words import clean
 from tasks.pulled import compared, of_studies
-from transfer.errors import Misconfigured, NotFound
+from transfer import stopping
+from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.home import Home
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
+FEW = 8  # storage contexts, of an association on which nothing is to come
 FAR_S = 0.008  # for the first answer to a query; from then on a series is worth several associations
 SCP_PORT = 11_112  # unless TALARIA_SCP_PORT says otherwise; registered for DICOM
 
@@ -114,21 +117,45 @@ def grants(peer: Peer) -> tuple[bool, bool]:
     return has_get, has_move
 
 
-def granted(peer: Peer) -> str:
+def granted(peer: Peer, nothing: Mapping[str, str]) -> str:
     """Return a sentence on which of C-GET and C-MOVE the peer grants.
+
+    C-GET is asked for: an Orthanc accepts its context from everybody, and ends the association at the request.
+
+    Args:
+        nothing: StudyInstanceUID and PatientID that no study has.
 
     Raises:
         Misconfigured: neither.
     """
     has_get, has_move = grants(peer)
     at = destination()
-    if has_get:
+    why = _why_no_get(peer, nothing) if has_get else ""
+    if has_get and not why:
         return f"C-GET is granted, {'and C-MOVE' if has_move else 'C-MOVE is not'}"
+    because = f" ({why})" if why else ""
     if not has_move:
-        raise Misconfigured(f"{peer.where}: the peer grants neither C-GET nor C-MOVE: it can't be pulled from")
+        raise Misconfigured(f"{peer.where}: the peer grants neither C-GET nor C-MOVE: it can't be pulled from{because}")
     if obstacle := cannot_come(peer, at):
-        raise Misconfigured(f"{peer.where}: the peer grants C-MOVE only, and {obstacle}")
-    return f"C-MOVE is granted, C-GET is not: {at.aet}, port {at.port}, must be registered there as a destination"
+        raise Misconfigured(f"{peer.where}: the peer grants C-MOVE only, and {obstacle}{because}")
+    return (
+        f"C-MOVE is granted, C-GET is not: {at.aet}, port {at.port}, must be registered there as a destination{because}"
+    )
+
+
+def _why_no_get(peer: Peer, nothing: Mapping[str, str]) -> str:
+    """Return why a peer that accepts the context of C-GET does not do it; "" if it does."""
+    try:
+        pairs = pairs_for(dict.fromkeys(USUAL_CLASSES, ()))[:FEW]
+        with getter(peer, pairs, stopping.check, Throttle(None), lambda count: None) as asked:
+            keys = {
+                key: value for key, value in nothing.items() if key != "PatientID" or asked.root == PATIENT_ROOT_GET
+            }
+            answer = asked.answer(keys | {"QueryRetrieveLevel": "STUDY"})
+    except DispatchError as exc:
+        return exc.message
+    refused = answer is not None and (answer.unsupported or failure(peer, answer))
+    return f"the peer answers with {answer}" if refused else ""
 
 
 def _series(match: Match, search: PeerSearch) -> PulledSeries:

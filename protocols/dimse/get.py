@@ -128,6 +128,24 @@ class Retriever(Conversation):
     def _identifier(self, keys: Mapping[str, str], charset: str) -> bytes:
         return identifier.built({key: value for key, value in keys.items() if value}, charset, self._syntax)
 
+    def _ask_to_get(self, keys: Mapping[str, str], charset: str) -> None:
+        elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
+        self.ask(self._context, elements, self._identifier(keys, charset))
+
+    def answer(self, keys: Mapping[str, str]) -> FinalResponse | None:
+        """Request what does not exist (C-GET), and return the final response; None if an instance comes all the same.
+
+        Raises:
+            Interrupted, TimedOut: the association ended, as where the peer does not allow us that.
+        """
+        self._ask_to_get(keys, "")
+        while True:
+            command = self.command()
+            if command.kind == C_STORE_RQ:
+                return None
+            if command.kind == C_GET_RSP and (answer := self._answer(command, keys)):
+                return answer
+
     def get(self, keys: Mapping[str, str], depot: Depot, charset: str = "") -> FinalResponse:
         """Request instances on this association (C-GET), and receive them.
 
@@ -137,8 +155,7 @@ class Retriever(Conversation):
         Raises:
             Interrupted, TimedOut: the association ended. Busy: the disk is full.
         """
-        elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
-        self.ask(self._context, elements, self._identifier(keys, charset))
+        self._ask_to_get(keys, charset)
         left = 0  # instances that will come, as the peer says
         while True:
             self.stream.expect(INSTANCE_BYTES if left > 0 else 1)
@@ -166,8 +183,7 @@ class Retriever(Conversation):
         Raises:
             Interrupted, TimedOut: the association ended.
         """
-        elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
-        self.ask(self._context, elements, self._identifier(keys, charset))
+        self._ask_to_get(keys, charset)
         while True:
             command = self.command()
             if command.kind == C_STORE_RQ and command.has_dataset:

@@ -30,7 +30,7 @@ from talaria.testing.process import as_loaded, free_port, until
 from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.checking import check_target
-from tasks.dicom import check, find, retrieve
+from tasks.dicom import BOGUS, check, find, retrieve
 from tests.protocols.intake import refusal
 from tests.servers.certificates import Authority
 from tests.servers.dcmtk import dcmqrscp
@@ -743,11 +743,30 @@ def test_a_check_of_a_source_shows_what_it_answers_and_grants(refused: Any, word
         probes = {probe.name: probe for probe in health.probes}
         assert probes["find"].result == "ok" and words in probes["retrieve"].detail
         assert health.ok == (refused is not None)
-        assert not peer.asked(GET) and not peer.asked(MOVE)
+        assert not peer.asked(MOVE) and {str(one.keys.StudyInstanceUID) for one in peer.asked(GET)} <= {BOGUS}
     with archive([], refuses=lambda request: 0xC000) as peer:
         health = check(dicom_target(peer.port, aet_target=peer.aet, direction="both"))
         assert {probe.name: probe.result for probe in health.probes}["find"] == "failed" and not health.ok
         assert "find" not in [probe.name for probe in check(dicom_target(peer.port, aet_target=peer.aet)).probes]
+
+
+@pytest.mark.parametrize("answer", [Abort(), Silence(), Last(0x0124), Last(0x0122, 0, 0, 0)])
+def test_a_check_shows_that_c_get_is_accepted_and_not_done(answer: Any, port: int) -> None:
+    with archive(study(1, 1), on_get=lambda request, found: [answer]) as peer:
+        target = dicom_target(peer.port, aet_target=peer.aet, direction="query", idle_timeout_s=1)
+        health = check(target)
+        assert health.ok and health.probes[-1].name == "retrieve"
+        assert "C-MOVE is granted, C-GET is not" in health.probes[-1].detail
+    with archive(study(1, 1), on_get=lambda request, found: [answer], accept=only(MOVES)) as peer:
+        health = check(dicom_target(peer.port, aet_target=peer.aet, direction="query", idle_timeout_s=1))
+        assert not health.ok and "neither C-GET nor C-MOVE" in health.probes[-1].detail
+
+
+def test_a_check_takes_nothing_of_a_node_that_sends_what_was_not_asked_for() -> None:
+    with archive(study(3, 1), on_get=lambda request, found: sends(peer.instances)) as peer:
+        health = check(dicom_target(peer.port, aet_target=peer.aet, direction="query"))
+        assert "C-GET is granted" in health.probes[-1].detail and peer.wait_closed()
+        assert not peer.store_answers
 
 
 def test_what_types_say_of_queries_is_what_their_drivers_can(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from protocols.dimse.get import Retriever
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks import dicomweb
-from tasks.dicom import find, retrieve
+from tasks.dicom import check, find, retrieve
 from tests import searching
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import orthanc, shared_orthanc
@@ -106,6 +106,9 @@ def test_an_orthanc_that_allows_us_no_c_get_sends_by_c_move(tmp_path: Path, port
         receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
         assert receipt.state is State.DELIVERED and set(datasets(tmp_path / "in")) == server.uids()
         assert any("by C-MOVE" in note for note in receipt.notes)
+        health = check(target)
+        assert health.ok and "C-MOVE is granted, C-GET is not" in health.probes[-1].detail
+        assert "asked by C-GET: is US registered there" in health.probes[-1].detail
         # By its own settings it lets nobody search who is not registered there.
         stranger = dicom_target(server.dicom_port, aet_target=server.aet, aet_source="STRANGER", direction="query")
         with pytest.raises(Interrupted, match="asked by C-FIND: is STRANGER registered there"):
