@@ -133,6 +133,7 @@ class Receipt:
     notes: tuple[str, ...] = ()
     stopped: State | None = None  # CANCELLED or WAITING, where that is why items have no outcome
     missing: int = 0  # announced, and not come: known by their number only
+    doubt: str = ""  # of a retrieval: why more may belong to it all the same, which nothing shows
 
     @property
     def unsent(self) -> int:

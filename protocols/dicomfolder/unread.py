@@ -1,8 +1,10 @@
 """What of a folder could not be read or is damaged, and which studies may have more there.
 
 A file says nothing of its study that can't be opened, or is damaged where its header is; where it lies does. It counts
-as part of the studies whose files lie beside it. What lies further up or down, as a closed folder of one series does,
-counts where nothing of other studies is: one closed folder in an archive says nothing of the studies in the others.
+as part of the study whose files lie beside it, or of all of them if there are as many such files as studies. Where
+there are more studies, as in a folder of all that came, most of them must be whole, and nothing shows which: each is
+given with a doubt. What lies further up or down, as a closed folder of one series does, counts where nothing of other
+studies is: one closed folder in an archive says nothing of the studies in the others.
 """
 
 from __future__ import annotations
@@ -35,18 +37,25 @@ class Lack:
         unread: files and folders that can't be read.
         damaged: files whose damage hides which study they are of.
         own: files that say that they are of this study, and are damaged.
+        doubts: sentences on files that may be of it, or of any of many others; the same for all of these.
     """
 
     unread: int = 0
     damaged: int = 0
     own: int = 0
+    doubts: frozenset[str] = frozenset()
 
     @property
     def count(self) -> int:
         return self.unread + self.damaged + self.own
 
     def __add__(self, other: Lack) -> Lack:
-        return Lack(self.unread + other.unread, self.damaged + other.damaged, self.own + other.own)
+        return Lack(
+            self.unread + other.unread,
+            self.damaged + other.damaged,
+            self.own + other.own,
+            self.doubts | other.doubts,
+        )
 
     def __str__(self) -> str:
         """Return it in words; "" if nothing lacks."""
@@ -59,7 +68,7 @@ class Lack:
             found.append(
                 f"{self.unread} files or folders beside it can't be read by user {user()}, and may hold more of it"
             )
-        return "; ".join(found)
+        return "; ".join([*found, *sorted(self.doubts)])
 
 
 class DamagedFile(NamedTuple):
@@ -87,6 +96,7 @@ class Beside:
     def __init__(self, db: sqlite3.Connection, unread: Iterable[UnreadEntry]) -> None:
         self._db = db
         self._unread = tuple(unread)
+        self._crowds: dict[bytes, int] = {}  # studies, by folder
 
     def lack(self, study: str, series: Collection[str] | None = None) -> Lack:
         """Return what may be part of a study.
@@ -98,8 +108,15 @@ class Beside:
         if series is not None and damaged:
             known = self._series(study) - set(series)
             damaged = [one for one in damaged if one.series not in known]
-        unread, nameless = (where.count(self._db, study) for where in self._spread)
-        return Lack(unread, nameless, len({one.key for one in damaged}))
+        unread, nameless = self._spread
+        folders = self._folders_of(study) if unread or nameless else set()
+        crowded = {path for path in folders if 0 < unread.files[path] + nameless.files[path] < self._studies_in(path)}
+        return Lack(
+            unread.count(self._db, study, folders, crowded),
+            nameless.count(self._db, study, folders, crowded),
+            len({one.key for one in damaged}),
+            frozenset(map(self._doubt, crowded)),
+        )
 
     def named(self, asked: Collection[str]) -> frozenset[str]:
         """Return those accession numbers and study UIDs, in lower case, of which there is nothing but damaged files."""
@@ -145,6 +162,34 @@ class Beside:
         nameless = [UnreadEntry(one.path, is_folder=False) for one in self._damaged if not one.study]
         return _Spread(self._unread), _Spread(nameless)
 
+    def _folders_of(self, study: str) -> set[bytes]:
+        """Return the folders in which files of a study are."""
+        rows = self._db.execute(
+            "SELECT DISTINCT d.path FROM studies st JOIN series se ON se.study=st.id JOIN headers h ON h.series=se.id"
+            " JOIN files f ON f.header=h.id JOIN folders d ON d.id=f.folder WHERE st.uid=?",
+            (study,),
+        )
+        return {path for (path,) in rows}
+
+    def _studies_in(self, folder: bytes) -> int:
+        """Return of how many studies there are files in a folder."""
+        if folder not in self._crowds:
+            (self._crowds[folder],) = self._db.execute(
+                "SELECT COUNT(DISTINCT st.uid) FROM folders d JOIN files f ON f.folder=d.id JOIN headers h"
+                " ON h.id=f.header JOIN series se ON se.id=h.series JOIN studies st ON st.id=se.study WHERE d.path=?",
+                (folder,),
+            ).fetchone()
+        return self._crowds[folder]
+
+    def _doubt(self, folder: bytes) -> str:
+        unread, nameless = (where.files[folder] for where in self._spread)
+        why = [f"{nameless} are damaged"] if nameless else []
+        why += [f"{unread} can't be read by user {user()}"] if unread else []
+        return (
+            f"of the files beside it {' and '.join(why)}, and may be of any of the {self._studies_in(folder)} studies "
+            "in that folder"
+        )
+
     def _series(self, study: str) -> set[str]:
         return {
             uid
@@ -158,23 +203,23 @@ class _Spread:
     """Files and folders that say nothing of their study, by the folder that they are in."""
 
     def __init__(self, entries: Iterable[UnreadEntry]) -> None:
-        self._files, self._folders = Counter[bytes](), Counter[bytes]()
+        self.files, self._folders = Counter[bytes](), Counter[bytes]()
         for one in entries:
-            (self._folders if one.is_folder else self._files)[one.path.rpartition(b"/")[0]] += 1
+            (self._folders if one.is_folder else self.files)[one.path.rpartition(b"/")[0]] += 1
 
-    def count(self, db: sqlite3.Connection, study: str) -> int:
-        """Return how many of them may be of a study."""
-        if not self._files and not self._folders:
-            return 0
-        rows = db.execute(
-            "SELECT DISTINCT d.path FROM studies st JOIN series se ON se.study=st.id JOIN headers h ON h.series=se.id"
-            " JOIN files f ON f.header=h.id JOIN folders d ON d.id=f.folder WHERE st.uid=?",
-            (study,),
-        )
-        own = {path for (path,) in rows}
-        found = sum(self._files[path] for path in own)
-        for parent in self._files.keys() | self._folders.keys():
-            count = self._folders[parent] + (0 if parent in own else self._files[parent])
+    def __bool__(self) -> bool:
+        return bool(self.files or self._folders)
+
+    def count(self, db: sqlite3.Connection, study: str, own: set[bytes], crowded: set[bytes]) -> int:
+        """Return how many of them count as part of a study.
+
+        Args:
+            own: folders in which its files are.
+            crowded: those of them in which nothing shows whose the others are.
+        """
+        found = sum(self.files[path] for path in own - crowded)
+        for parent in self.files.keys() | self._folders.keys():
+            count = self._folders[parent] + (0 if parent in own else self.files[parent])
             top = _top(parent, own)
             if count and top is not None and not _has_others(db, top, study):
                 found += count

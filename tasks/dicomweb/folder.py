@@ -160,7 +160,7 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
 def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushReport) -> Receipt:
     """Copy the instances of all series that match into a folder, as `<SOP instance UID>.dcm`.
 
-    What can't be read or is damaged, and may be part of the studies, is missing.
+    What can't be read or is damaged, and may be part of the studies, is missing; if it may be of many, that is a doubt.
 
     Raises:
         NotFound: nothing matches.
@@ -175,7 +175,7 @@ def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushRepor
         lack = _lack(folder, held)
         notes = (str(lack), *got.notes, *(text for _, text in _passed_over(folder.report)))
     receipt = report.receipt(target.name, got.plan, verified=Level.LISTED, notes=tuple(filter(None, notes)))
-    return replace(receipt, missing=receipt.missing + got.missing + lack.count)
+    return replace(receipt, missing=receipt.missing + got.missing + lack.count, doubt="; ".join(sorted(lack.doubts)))
 
 
 def _lack(folder: DicomFolder, held: Iterable[HeldInstance]) -> Lack:

@@ -256,7 +256,7 @@ class Fetcher:
             raise DispatchError(f"no longer found at the source: {exc.message}", self.source.name) from exc
 
     def _judge(self, study: Study, folder: Path, receipt: Receipt) -> None:
-        study.notes = list(receipt.notes)
+        study.notes, study.doubt = list(receipt.notes), receipt.doubt
         study.instances, study.bytes = size_of(folder)
         study.missing = receipt.unsent + receipt.counts[Kind.REJECTED]
         if receipt.state is State.DELIVERED:

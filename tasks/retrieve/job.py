@@ -39,6 +39,7 @@ class Study:
         targets: state by target, as its dispatch left it.
         dispatch: flow run of the dispatch that sends it.
         again: when that may go on, in seconds since the epoch; 0 if it does not wait.
+        doubt: why more may belong to it than came; "" if nothing does.
     """
 
     study: str
@@ -52,11 +53,12 @@ class Study:
     targets: dict[str, str] = field(default_factory=dict)
     dispatch: str = ""
     again: float = 0.0
+    doubt: str = ""
 
     @property
     def came_whole(self) -> bool:
-        """Whether it was fetched whole, and failed only when it was sent on."""
-        return self.stage is Stage.FAILED and self.instances > 0 and not self.missing
+        """Whether it was fetched whole, without a doubt, and failed only when it was sent on."""
+        return self.stage is Stage.FAILED and self.instances > 0 and not (self.missing or self.doubt)
 
 
 @dataclass
@@ -129,15 +131,15 @@ class Job:
         self.missing, self.failed, self.error = [], {}, ""
         for one in self.studies.values():
             one.again = 0.0
-            if one.stage in (Stage.PARTIAL, Stage.FAILED):
+            if one.stage in (Stage.PARTIAL, Stage.FAILED) or one.doubt:
                 one.stage = Stage.WHOLE if one.came_whole else Stage.FOUND
-                one.reason = one.dispatch = ""
+                one.reason = one.dispatch = one.doubt = ""
         self.searched = self.searched and bool(self.studies) and not self.unknown
 
     @property
     def whole(self) -> bool:
         """Whether everything that was asked for has been delivered."""
-        delivered = all(one.stage is Stage.DELIVERED for one in self.studies.values())
+        delivered = all(one.stage is Stage.DELIVERED and not one.doubt for one in self.studies.values())
         rest = self.pending or self.missing or self.unknown or self.failed or self.error
         return delivered and bool(self.studies) and not rest
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -54,7 +55,7 @@ def rows(job: Job, state: str) -> list[dict[str, Any]]:
 
 
 def _row(one: Study, left: str, error: str) -> dict[str, Any]:
-    state, why = str(one.stage), one.reason
+    state, why = str(one.stage), one.reason or one.doubt
     if one.stage in (Stage.FOUND, Stage.WHOLE):
         state = left
         if left != "waiting":  # it may have said for what it waits
@@ -92,13 +93,19 @@ def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, A
         "failed": [one["accession"] or one["study"] for one in every if one["state"] == "failed"],
         "waiting": [one["accession"] or one["study"] for one in every if one["state"] == "waiting"],
         "cancelled": [one["accession"] or one["study"] for one in every if one["state"] == "cancelled"],
-        "error": job.error or None,
+        "error": "; ".join(filter(None, (job.error, doubts(job)))) or None,
         "studies": [
             one | {"notes": job.studies[one["study"]].notes, "targets": job.studies[one["study"]].targets}
             for one in found
         ],
         "accessions": [one for one in every if one["study"] not in job.studies],
     }
+
+
+def doubts(job: Job) -> str:
+    """Return once why more may belong to studies than came, and to how many; "" if nothing does."""
+    found = Counter(one.doubt for one in job.studies.values() if one.doubt and one.stage is Stage.DELIVERED)
+    return "; ".join(f"{counted(count)} may lack something: {why}" for why, count in found.items())
 
 
 def cancelled(document: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks import DRIVERS
 from tasks.retrieve.fetch import Fetcher
-from tasks.retrieve.job import Job
+from tasks.retrieve.job import Job, Stage
+from tasks.retrieve.report import document, state_of
 from tasks.retrieve.search import found_at
 from tests.protocols.dicomfolder.mixture import mixed, upload
 from tests.servers.orthanc import shared_orthanc
@@ -431,6 +432,53 @@ def test_which_study_is_partial_shows_by_where_it_can_not_be_read(
     with closed(shut):
         notes = {match.StudyInstanceUID: match.note for match in found_at(source, Query()).matches}
     assert {name for name, uid in uids.items() if notes.get(uid)} == set(partial_studies)
+
+
+def test_a_file_that_says_nothing_fails_none_of_the_many_studies_beside_it_and_is_no_success(tmp_path: Path) -> None:
+    root, home = tmp_path / "root", tmp_path / "job"
+    uids = [studies.uid() for _ in range(4)]
+    for uid in uids:
+        for number in range(2):
+            studies.dicom(root / f"{uid}.{number}.dcm", study=uid)
+    (root / "IM000042").touch()
+    source = target(root)
+
+    def fetched(job: Job) -> None:
+        job.again()
+        fetcher = Fetcher(source, Query(), job, threading.Event(), threading.Event())
+        if not job.searched:
+            fetcher.search()
+        for one in job.studies.values():
+            if one.stage is not Stage.DELIVERED:
+                fetcher.fetch(one, home / one.study)
+                assert (one.stage, one.instances, one.missing) == (Stage.WHOLE, 2, 0)
+                one.stage = Stage.DELIVERED
+        job.ended = True
+
+    job = Job(home)
+    fetched(job)
+    shown = document(job, "", "", state_of(job))
+    assert (shown["state"], shown["delivered"], shown["partial"], shown["failed"]) == ("partial", 4, [], [])
+    doubt = "of the files beside it 1 are damaged, and may be of any of the 4 studies in that folder"
+    assert shown["error"] == f"4 studies may lack something: {doubt}"
+    assert {one["reason"] for one in shown["studies"]} == {doubt}
+    shutil.rmtree(home)
+    job.again()
+    assert {one.stage for one in job.studies.values()} == {Stage.FOUND}  # a retry looks at each again
+    (root / "IM_shut").touch()
+    with closed("IM_shut"):
+        receipt = retrieve(source, tmp_path / "into", StudyInstanceUID=uids[1])
+        assert receipt.state is State.DELIVERED and "1 are damaged and 1 can't be read by user" in receipt.doubt
+    for number in range(4):  # as many as studies: each may well lack one
+        (root / f"IM{number}").touch()
+    assert retrieve(source, tmp_path / "into", StudyInstanceUID=uids[1]).missing == 5
+    for path in root.glob("IM*"):
+        path.unlink()
+    job.ended = True
+    fetched(job)
+    shown = document(job, "", "", state_of(job))
+    assert (shown["state"], shown["delivered"], shown["error"]) == ("delivered", 4, None)
+    assert {one["reason"] for one in shown["studies"]} == {""}
 
 
 def test_what_may_be_where_nothing_can_be_read_is_not_called_missing(tmp_path: Path) -> None:
