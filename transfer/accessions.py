@@ -20,6 +20,8 @@ TITLES = frozenset((
     "accessions", "accessionnumbers", "accnumber", "studyaccessionnumber",
 ))  # fmt: skip
 UNSEEN = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")  # directions of writing: no part of a number
+SIGNS = "\t;,|"  # what separates the cells of a table
+_GAP = re.compile(r"[ \u00a0]{2,}")  # and does so in one that is printed
 _EDGES = re.compile(r"^[\s\u200b\ufeff\u2060]+|[\s\u200b\ufeff\u2060]+$")  # what surrounds a cell, seen or not
 _BLANK_LINES = re.compile(r"\A(?:[ \t,;]*\r?\n)+")
 MOST_ABOVE = 20  # lines above a table, as a report's title
@@ -62,7 +64,7 @@ def accessions(text: str) -> tuple[str, ...]:
     lines = text.strip().splitlines()
     if [mark[1] if (mark := _COUNTED.match(line)) else "" for line in lines] == [*map(str, range(1, len(lines) + 1))]:
         text = _COUNTED.sub("", text)
-    column = _column(text)
+    column = _column(_with_tabs(text))
     if not column:
         _check_list(text)
     _check_shortened("\n".join(column) if column else text)
@@ -85,7 +87,7 @@ def _check_list(text: str) -> None:
     Raises:
         Misconfigured: its lines hold more than numbers, or its title says that they hold something else.
     """
-    if not any(sign in text for sign in "\t;,|"):
+    if not any(sign in text.partition("\n")[0] for sign in SIGNS):  # else it has been looked at as a table
         check_lines(
             [one for one in BETWEEN.split(_TWO_WORDS.sub("", line)) if _says_something(one) and not _is_title(one)]
             for line in _QUOTED.sub("1", text).splitlines()
@@ -150,7 +152,7 @@ def _column(text: str) -> list[str]:
         Misconfigured: which one it is can't be decided.
     """
     first = text.partition("\n")[0]
-    for sign in ("\t", ";", ",", "|"):
+    for sign in SIGNS:
         if sign not in text:
             continue
         try:
@@ -172,6 +174,19 @@ def _column(text: str) -> list[str]:
         if sign in first and sign != "|":
             return only_column(rows) or check(rows, sign)
     return []
+
+
+def _with_tabs(text: str) -> str:
+    """Return a table whose columns stand below titles with nothing but blanks between them, with tabs in their place.
+
+    Any other text, and one in which a line has more or fewer cells than titles, is returned as it is.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    rows = [_GAP.split(line) for line in lines]
+    titles = rows[0] if rows else []
+    if len(titles) < 2 or len(rows) < 2 or not any(map(_is_title, titles)) or any(sign in lines[0] for sign in SIGNS):
+        return text
+    return "\n".join(map("\t".join, rows)) if all(len(row) == len(titles) for row in rows) else text
 
 
 def _titled_values(rows: list[list[str]], top: int, at: int) -> list[str]:

@@ -77,7 +77,7 @@ def check_lines(lines: Iterable[Sequence[str]]) -> None:
     Raises:
         DoubtfulColumn: words stand beside numbers, or dates beside what is none.
     """
-    several = [line for line in lines if len(line) > 1]
+    several = [line for line in lines if len(line) > 1 and any(map(_has_digit, line))]  # others are titles
     if len(several) > 1 and (all(map(_has_words, several)) or all(map(_has_one_date, several))):
         raise _doubtful()
 

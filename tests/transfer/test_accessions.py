@@ -75,6 +75,14 @@ from transfer.errors import Misconfigured
         ("Accession Number: A1\nAccession Number:A2", ("A1", "A2")),
         ("1. A1\n2. A2\n3. A3", ("A1", "A2", "A3")),
         ("1. A1\n3. A2", ("1.", "A1", "3.", "A2")),
+        # Columns that are printed below titles.
+        ("Accession   Name\nA1   Doe\nA2   Roe", ("A1", "A2")),
+        (
+            "Name            Accession No.   Date\n-------------   -------------   ----------\n"
+            "Doe, John       0012            2024-01-01\r\nRoe, Jane       0013            2024-01-02\n",
+            ("0012", "0013"),
+        ),
+        ("Accession\nA1, A2\nA3", ("A1", "A2", "A3")),
         # A table on its side, and titles that hold digits.
         ("Accession;A1;A2\nName;Meier;Huber\nDate;20240101;20240102", ("A1", "A2")),
         ("Accession;T1;T2\n1001;yes;3\n1002;no;4", ("1001", "1002")),
@@ -163,7 +171,13 @@ def test_what_a_spreadsheet_has_shortened_is_refused_and_not_looked_for(text: st
         "A1   Doe, John   19700101\nA2   Roe, Jane   19800101".replace(",", ""),
         "4711 Doe\n4712 Roe",
         "A1 19700101\nA2 19800101",
-        "Accession   Name\nA1   Doe\nA2   Roe",
+        "Accession Name\nA1 Doe\nA2 Roe",
+        "Accession   Name   Date\nA1   Doe\nA2   Roe",
+        # A comma within names, below a line without one.
+        "Accession Name\nA1 Doe, John\nA2 Roe, Jane",
+        "Accession   Name   Ward\nA1   Doe, John\nA2   Roe, Jane",
+        "Worklist of today\nA1 Doe\nA2 Roe",
+        "Worklist\nA1 Doe, John\nA2 Roe, Jane",
     ],
 )
 def test_names_dates_and_ids_beside_numbers_are_not_taken_for_numbers(text: str) -> None:
