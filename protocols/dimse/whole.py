@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+from imaging.query import text
 from protocols.dimse.parts import BY_UID, PREFIXED, SPLITTERS, Splitter, by_prefix, by_time, date_text, day_of, outside
 from protocols.dimse.probes import Probes
 from transfer.errors import Busy, Misconfigured
@@ -18,6 +19,7 @@ Keys = dict[str, str]
 Ask = Callable[[Mapping[str, str], str, int], Iterator[Answer]]  # keys, their character set, answers at most (0: all)
 
 LEAST = 5  # answers at which a peer may stop without a word
+UID = "StudyInstanceUID"
 MAX_DEPTH = 70  # of parts of parts
 MOST_DOUBTED = 300  # queries for what nothing but the number of answers makes doubtful
 MOST_UNDATED = 3000  # queries for one identifier, in search of studies without a date
@@ -125,7 +127,8 @@ class WholeSearch:
             if suspected and not self._limit and came == uids:
                 return found  # nothing shows that it stops there
             if uids <= came:
-                return got if "StudyDate" in keys or "StudyDate" not in parts[0] else got + self._undated(keys, charset)
+                by_date = "StudyDate" in parts[0] and "StudyDate" not in keys
+                return got + self._undated(keys, charset, got) if by_date else got
         if suspected and not self._limit:
             return found
         if busy is not None and not found:
@@ -147,11 +150,14 @@ class WholeSearch:
             self._gave = max(self._gave, given)
         return len(found) >= self._gave
 
-    def _undated(self, keys: Keys, charset: str) -> list[Answer]:
+    def _undated(self, keys: Keys, charset: str, dated: list[Answer]) -> list[Answer]:
         """Return the studies without a date, which are in no period and can't be asked for.
 
         Everything is asked for again by what one identifier begins with, to the end, and roughly by what the others do:
-        one of them may be empty.
+        one of them may be empty. Where none brings all that is known, UIDs may do.
+
+        Args:
+            dated: all others.
 
         Raises:
             HasMore: the peer doesn't look at what identifiers begin with, or that takes too many queries.
@@ -159,7 +165,8 @@ class WholeSearch:
         found: list[Answer] = []
         whole = False
         for key in PREFIXED:
-            whole = self._undated_by(key, keys, charset, found, roughly=whole) or whole
+            whole = self._undated_by(key, keys, charset, found, dated, roughly=whole) or whole
+        whole = whole or self._undated_by(UID, keys, charset, found, dated, roughly=False)
         if not whole:
             raise HasMore(
                 f"{self._where}: the peer doesn't give all answers at once, and whether it has studies without a date "
@@ -167,13 +174,20 @@ class WholeSearch:
             )
         return found
 
-    def _undated_by(self, first: str, keys: Keys, charset: str, found: list[Answer], *, roughly: bool) -> bool:
+    def _undated_by(
+        self, first: str, keys: Keys, charset: str, found: list[Answer], dated: list[Answer], *, roughly: bool
+    ) -> bool:
         """Add the studies without a date, by what an identifier begins with; return True if these are all.
 
         Args:
+            dated: what must come again, as far as it has that identifier: else the peer finds nothing by it.
             roughly: look only into those parts of the answers further in which there are such studies.
         """
-        order = [by_prefix(key) for key in (first, *(key for key in PREFIXED if key != first))]
+        order = [by_prefix(key) for key in (first, *(key for key in PREFIXED if key != first)) if key != UID]
+        order = [BY_UID] if first == UID else [*order, BY_UID]
+        lost = {str(one.get(UID, "")) for one in dated if text(one.get(first))}
+        if dated and not lost and not roughly:
+            return False  # nothing would show that the peer looks at it
         left = [(keys, part) for part in order[0](keys, [])]
         asked = 0
         while left:
@@ -181,7 +195,7 @@ class WholeSearch:
             answers: list[Answer] = []
             try:
                 answers.extend(self._ask(part, charset, 0))
-                cut = bool(self._probes(part, charset, answers).show_more())
+                cut = 0 < self._limit <= len(answers) or bool(self._probes(part, charset, answers).show_more())
             except Busy:
                 cut = True
             except Misconfigured:  # it takes no wild cards
@@ -196,7 +210,9 @@ class WholeSearch:
                 if not smaller:
                     return False
                 left += [(part, one) for one in smaller]
-        return asked > 0
+            elif not cut:
+                lost.difference_update(str(one.get(UID, "")) for one in answers)
+        return asked > 0 and (roughly or not lost)
 
     def _probes(self, keys: Keys, charset: str, found: list[Answer]) -> Probes:
         return Probes(lambda part: self._ask(part, charset, 0), keys, found)

@@ -178,6 +178,27 @@ def test_where_studies_without_a_date_may_be_hidden_the_search_fails_and_asks_fo
             assert len(found(peer, Query(StudyDate="2024-"))) == 8
 
 
+def test_studies_without_a_date_of_one_patient_are_found_by_uid_where_nothing_else_tells_them_apart() -> None:
+    changes: dict[str, object] = {"PatientID": "P", "AccessionNumber": "", "PatientName": "N"}
+    changes["StudyInstanceUID"] = lambda n: f"1.{n % 3}.{n}"
+    made = files(14, StudyDate=lambda n: f"2024{n + 1:02}01" if n < 6 else "", **changes)
+    with archive(made, limit=5, limit_status=0xA700, wild_uids=True) as peer:
+        assert len(found(peer, Query())) == 14
+
+
+def test_a_peer_that_reads_wild_cards_as_letters_is_not_taken_to_have_no_study_without_a_date() -> None:
+    def as_it_is(keys: Dataset) -> None:
+        for key in IDENTIFIERS - {"ModalitiesInStudy"}:
+            if "*" in str(keys.get(key, "")):
+                setattr(keys, key, "no such thing")
+
+    made = files(9, StudyDate=lambda n: f"2024{n + 1:02}01" if n < 8 else "")
+    with archive(made, limit=5, limit_status=0xA700, misreads=as_it_is) as peer:
+        with pytest.raises(Misconfigured, match="without a date can't be found out: give a study date"):
+            found(peer, Query())
+        assert len(found(peer, Query(StudyDate="2024-"))) == 8
+
+
 def test_rare_modalities_are_not_lost_where_a_search_is_split_by_modality() -> None:
     changes: dict[str, object] = {"StudyDate": "20240101", "StudyTime": "120000", "PatientID": "P"}
     changes["Modality"] = lambda n: "HC" if n > 7 else ("CT", "MR")[n % 2]
