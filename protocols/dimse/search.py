@@ -22,6 +22,7 @@ from protocols.dimse.beside import SideBySide
 from protocols.dimse.identifier import encodings
 from protocols.dimse.levels import IMAGE_FIELDS, SERIES_FIELDS, STUDY_FIELDS
 from protocols.dimse.lone import studies_of
+from protocols.dimse.patients import Patients
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
 from protocols.dimse.unsaid import DESCRIPTIONS, UnsaidDescriptions
 from protocols.dimse.unshown import UID_LIST, UnshownLetters
@@ -52,6 +53,10 @@ class PeerSearch:
         self._beside = SideBySide(self, finder, self._another, associations)
         self._refused: set[str] = set()  # optional keys that this peer doesn't take
         self._whole = WholeSearch(self._at_study_level, finder.peer.where, stops=finder.root != PATIENT_ROOT_FIND)
+        self._below = Patients(
+            lambda keys, charset: finder.ask_for("PATIENT", keys, ("PatientID", "PatientName"), charset),
+            finder.peer.where,
+        )
         self._most_series = 0  # the most that the peer has given of a study
         self._were_all = Counter[int]()  # studies by number of series, where parts showed that these were all
         self._stale = 0  # studies that announced more series than there were
@@ -445,11 +450,7 @@ class PeerSearch:
         # Patient Root has studies below a patient only (PS3.4 section C.4.1.2.2.1).
         patient = {key: value for key, value in keys.items() if key in ("PatientID", "PatientName")}
         rest = {key: value for key, value in keys.items() if key not in patient}
-        ids = [
-            str(one.get("PatientID", ""))
-            for one in self.finder.ask_for("PATIENT", patient, ("PatientID", "PatientName"), charset)
-        ]
-        for patient_id in dict.fromkeys(filter(None, ids)):
+        for patient_id in self._below.ids(patient, charset):
             below = rest | {"PatientID": patient_id}
             # In which character set a peer reads an ID that it has given, nothing shows.
             foreign = "".join(value for value in below.values() if not value.isascii())

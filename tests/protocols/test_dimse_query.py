@@ -622,6 +622,28 @@ def test_a_peer_of_patient_root_only_is_asked_below_its_patients() -> None:
         assert accessions(found(peer, Query(PatientID="01"))) == ["A0001"]
 
 
+@pytest.mark.parametrize("status", [0xA700, 0])
+def test_patients_beyond_a_limit_of_a_peer_of_patient_root_only_are_found(status: int) -> None:
+    def accept(context: wire.Context) -> str | int:
+        return REFUSED_CLASS if context.abstract_syntax == STUDY_ROOT else context.offered[0]
+
+    days: dict[str, object] = {
+        "StudyDate": lambda n: f"2024{n % 12 + 1:02}01",
+        "PatientID": lambda n: f"{n % 3}P{n:02}",
+    }
+    settings: dict[str, Any] = {"limit": 5, "limit_status": status, "limited": ("PATIENT",), "accept": accept}
+    with archive(files(14, **days), **settings) as peer:
+        assert len(found(peer, Query(StudyDate="20240101-20240131"))) == 2
+        assert len(found(peer, Query(PatientID="1*"))) == 5
+    with archive(files(14, **days), ignores=frozenset(("PatientID",)), **settings) as peer:
+        if status:
+            with pytest.raises(Misconfigured, match="gives 5 patients and has more"):
+                found(peer, Query(StudyDate="20240101"))
+    with archive(files(12, **days), accept=accept) as peer:  # no limit, and not asked more than once for each sign
+        assert len(found(peer, Query())) == 12
+        assert sum(one.level == "PATIENT" for one in peer.asked(FIND)) <= 100
+
+
 def test_a_peer_that_cannot_be_queried_says_so() -> None:
     with archive([], accept=lambda context: REFUSED_CLASS) as peer, pytest.raises(Misconfigured, match="neither"):
         found(peer, Query())

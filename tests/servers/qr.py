@@ -111,6 +111,7 @@ class Archive(Scp):
 
     Attributes:
         limit: how many answers C-FIND gives at most; `limit_status` is what it says then.
+        limited: levels at which it does.
         leaves_out: keywords that are in no answer.
         ignores: keywords that are not matched.
         blanks: keywords that are not matched, and empty in answers.
@@ -128,6 +129,7 @@ class Archive(Scp):
     instances: list[Instance] = field(default_factory=list)
     limit: int | None = None
     limit_status: int = 0
+    limited: tuple[str, ...] = tuple(LEVELS)
     leaves_out: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     blanks: frozenset[str] = frozenset()
@@ -215,8 +217,9 @@ class _Connection(Connection):
             if self._matches(one.ds, request.keys):
                 groups.setdefault(str(one.ds.get(unique, "")), []).append(one.ds)
         answers = list(groups.values())
-        capped = peer.limit is not None and len(answers) > peer.limit
-        for group in answers[: peer.limit]:
+        limit = peer.limit if request.level in peer.limited else None
+        capped = limit is not None and len(answers) > limit
+        for group in answers[:limit]:
             data = wire.encode_dataset(self._answer(group, request.keys), syntax)
             if peer.answer_charset is not None:
                 encoded, called = (None if term is None else term.encode() for term in peer.answer_charset)
