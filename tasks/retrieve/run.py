@@ -193,9 +193,9 @@ class Retrieval:
                 await self._stoppable(patiently(self._turn.take), begun=False)
                 break
             except NoSlot:
-                until = await asyncio.to_thread(self._turn.stand_in_line)
+                wait = await asyncio.to_thread(self._turn.wait)
                 if not self._handing_on:
-                    self._wait_for(f"a slot at {self.source.name}", datetime.fromtimestamp(until, UTC), soon=True)
+                    self._waits[wait.what] = wait
                     self._no_slot = True
                     raise
                 await self._one_is_handed_on(SLOT_S)

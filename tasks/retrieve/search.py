@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prefect import get_client
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.states import Completed, Failed
+from prefect.states import AwaitingRetry, Completed, Failed
 
 from blocks.base import Target
 from imaging.query import Match, Query, counted
 from tasks import DRIVERS
-from tasks.dispatch import audited, kept
+from tasks.dispatch import audited, kept, rest
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.report import has_run_before
+from tasks.dispatch.slots import NoSlot
 from tasks.dispatch.stoppable import in_thread
 from tasks.quiet import Quiet
+from tasks.retrieve.turn import Turn
 from tasks.targets import check_source, load
 from transfer.errors import Unread
+from transfer.home import Home
 
 SHOWN = ("AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "Modality", "ModalitiesInStudy")
 MOST_ROWS = 2000  # of the table, which Prefect's pages show whole
@@ -37,15 +42,37 @@ class SearchResult(NamedTuple):
     unread: str = ""
 
 
+@dataclass
+class _InLine:
+    """Since when the run of this context waits for a slot, in seconds since the epoch; 0 if it doesn't."""
+
+    since: float = 0.0
+
+    @classmethod
+    def of(cls, flow_run: Any) -> _InLine:
+        begun = flow_run.start_time if flow_run and has_run_before() else None
+        return cls(begun.timestamp() if begun else 0.0)
+
+
 async def search(source: str, query: Query) -> State[Any]:
-    """Ask a target what it has; leave a table of it on the run.
+    """Ask a target what it has, in one of its slots, for which the run may rest; leave a table of it on the run.
 
     Raises:
         DispatchError: the target can't be queried, or doesn't answer; Paused, Cancelled: somebody has stopped the run.
     """
     target = await patiently(lambda: _load(source))
     check_source(target)
-    found = await in_thread("query", _find, target, query, getattr(FlowRunContext.get(), "flow_run", None))
+    flow_run = getattr(FlowRunContext.get(), "flow_run", None)
+    turn = Turn(target, str(getattr(flow_run, "id", "")), _InLine.of(flow_run), Home.current(), "normal", count=1)
+    try:
+        await patiently(turn.take)
+    except NoSlot:
+        wait = await asyncio.to_thread(turn.wait)
+        return AwaitingRetry(scheduled_time=wait.until, message=rest.message([wait], "nothing has been asked yet"))
+    try:
+        found = await in_thread("query", _find, target, query, flow_run)
+    finally:
+        await turn.give_back()
     words = f"{counted(len(found.matches), query.level)} at {target.name}"
     rows = [_row(match) for match in found.matches]
     await patiently(lambda: _keep(rows, words))

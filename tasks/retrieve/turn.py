@@ -1,9 +1,10 @@
-"""A retrieval's turn at its source: it holds the slots over several studies, then lets those go first who wait."""
+"""Whose turn it is at a source. A retrieval holds its slots over several studies, then lets those go first who wait."""
 
 from __future__ import annotations
 
 import time
 from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
 
 from prefect import get_client
 
@@ -12,8 +13,7 @@ from tasks.dispatch import line
 from tasks.dispatch.looks import SLOT_S
 from tasks.dispatch.rest import Wait
 from tasks.dispatch.slots import NoSlot, slots
-from tasks.dispatch.waiting import TURN_S, TURNS_S, by_itself, for_its_hours
-from tasks.retrieve.job import Job
+from tasks.dispatch.waiting import TURN_S, TURNS_S, InLine, by_itself, for_its_hours
 from transfer.database import LOST
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -27,10 +27,18 @@ def slots_of(source: Target) -> int:
 
 
 class Turn:
-    """The slots of one source that a retrieval holds, or stands in line for."""
+    """The slots of one source that a run holds, or stands in line for.
 
-    def __init__(self, source: Target, flow_run_id: str, job: Job, home: Home, priority: str) -> None:
+    Args:
+        job: since when the run waits.
+        count: of slots; None for as many as a retrieval holds.
+    """
+
+    def __init__(
+        self, source: Target, flow_run_id: str, job: InLine, home: Home, priority: str, count: int | None = None
+    ) -> None:
         self.source, self.flow_run_id, self.job, self.home, self.priority = source, flow_run_id, job, home, priority
+        self._count = slots_of(source) if count is None else count
         self._held: AsyncExitStack | None = None
         self._ends = 0.0
         self._disabled: Wait | None = None  # as its settings are read once for each part of a run
@@ -54,7 +62,7 @@ class Turn:
         if self._held and time.monotonic() < self._ends:
             return
         await self.give_back()
-        count = slots_of(self.source)
+        count = self._count
         async with AsyncExitStack() as stack:
             ledger, wait_s = None, None
             with suppress(*LOST):  # then who waits for the slots comes by himself
@@ -87,6 +95,10 @@ class Turn:
             ledger.waits.join(self.source.name, self.flow_run_id, turn, until)
             return until
         return time.time() + TURN_S
+
+    def wait(self) -> Wait:
+        """Stand in line; return what the run waits for."""
+        return Wait(datetime.fromtimestamp(self.stand_in_line(), UTC), f"a slot at {self.source.name}")
 
     def _turn(self, ledger: Ledger) -> float:
         return line.turn(self.job.since or ledger.now(), self.priority)

@@ -14,7 +14,7 @@ from tasks.retrieve.job import size_of
 from tests.engine.material import FAST, files, folder, go_on, later, placed, source, study
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import orthanc
-from tests.servers.qr import GET, Instance, Last, Request, Send, Steps, archive, sends
+from tests.servers.qr import FIND, GET, Instance, Last, Request, Send, Steps, archive, sends
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(900)
@@ -211,6 +211,31 @@ def test_a_search_as_a_run_lists_uids_and_no_patient(up: Talaria) -> None:
         assert sorted(row["AccessionNumber"] for row in rows) == ["G1", "G1", "G2", "G2"]
         assert {row["instances"] for row in rows} == {2}
         assert not any(value in json.dumps(artifact) for value in studies.PHI)
+
+
+def test_a_search_as_a_run_waits_for_a_slot_of_its_source(up: Talaria, tmp_path: Path) -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        held.set()
+        if not go_on.wait(120):
+            raise AssertionError("nobody let it go on")
+        return sends(found)
+
+    with archive(study("W1"), on_get=script) as peer:
+        up.apply(one_slot=source(peer, max_dispatches=1))
+        deployment = up.api("GET", "/deployments/name/find/talaria")
+        fetch = up.told("retrieve", "one-slot", "--accession", "W1", "--into", str(tmp_path / "into"), "--no-wait")
+        assert held.wait(120)
+        asked = len(peer.asked(FIND))
+        parameters = {"source": "one-slot", "accessions": "W1"}
+        run = up.api("POST", f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)
+        up.until(lambda: "a slot at one-slot" in (up.run(run["id"])["state"]["message"] or ""), 60)
+        assert up.run(run["id"])["state_name"] == "AwaitingRetry" and len(peer.asked(FIND)) == asked
+        go_on.set()
+        up.until(lambda: up.run(run["id"])["state_type"] == "COMPLETED", 60)
+        assert up.run(run["id"])["state"]["message"] == "1 study at one-slot"
+        up.until(lambda: up.run(fetch["flow_run_id"])["state_type"] == "COMPLETED", 60)
 
 
 @pytest.mark.parametrize("name", ["find", "retrieve"])
