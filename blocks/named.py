@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 from blocks.fields import Group, in_order, ordered
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
-EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
+EMAIL = re.compile(r"[^@\s,;<>\x00-\x1f\x7f]+@[^@\s,;<>\x00-\x1f\x7f]+")
 
 
 class NamedBlock(Block, ABC):

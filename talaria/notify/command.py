@@ -23,6 +23,7 @@ from talaria.notify.words import Letter
 FOLDER = "TALARIA_NOTIFY_COMMANDS"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SAID_BYTES = 300  # of the end of what it prints
+PIECE_BYTES, PIPE_BYTES = 1 << 16, 1 << 20  # read at once; the most that a pipe can hold of it (pipe(7))
 KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "HOME")  # of the environment: the rest holds our own secrets
 
 
@@ -33,7 +34,7 @@ async def run(rule: CommandRule, one: Letter) -> None:
         NotSent: it may not be run, ends otherwise, or not in time, and then it is killed with all that it started.
     """
     path = allowed(rule.command)
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as given, _Printed() as said:
         given.write(json.dumps(one.document).encode() + b"\n")
         given.seek(0)
         env = {name: os.environ[name] for name in KEPT if name in os.environ}
@@ -42,7 +43,7 @@ async def run(rule: CommandRule, one: Letter) -> None:
                 path,
                 *rule.arguments,
                 stdin=given,
-                stdout=said,
+                stdout=said.end_of_theirs,
                 stderr=asyncio.subprocess.STDOUT,
                 env=env | {"TALARIA_RULE": rule.name},
                 cwd="/",
@@ -61,10 +62,37 @@ async def run(rule: CommandRule, one: Letter) -> None:
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         if code:
-            said.seek(max(0, said.seek(0, os.SEEK_END) - SAID_BYTES))
-            last = said.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+            last = said.last()
             how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
             raise NotSent(f"{rule.command} {how}" + (f": {last}" if last else ""))
+
+
+class _Printed:
+    """The end of what a program prints; all before it is dropped as it comes, so that no disk is filled with it."""
+
+    def __init__(self) -> None:
+        self._ours, self.end_of_theirs = os.pipe()
+        os.set_blocking(self._ours, False)
+        self._end = b""
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> _Printed:
+        self._loop.add_reader(self._ours, self._read)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.remove_reader(self._ours)
+        for fd in (self._ours, self.end_of_theirs):
+            os.close(fd)
+
+    def last(self) -> str:
+        """Return the last line, once the program has ended."""
+        self._read(PIPE_BYTES)
+        return self._end.decode("utf-8", "replace").strip().rpartition("\n")[2]
+
+    def _read(self, count: int = PIECE_BYTES) -> None:
+        with suppress(BlockingIOError):
+            self._end = (self._end + os.read(self._ours, count))[-SAID_BYTES:]
 
 
 def allowed(name: str) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import smtplib
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from email.message import EmailMessage
 from email.utils import formatdate
@@ -33,26 +35,58 @@ async def send(rule: EmailRule, one: Letter) -> None:
         raise
 
 
+class _Client(smtplib.SMTP):
+    """Says what it is connected by before anything is read from it."""
+
+    connected: Callable[[socket.socket], None]
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        sock: socket.socket = super()._get_socket(host, port, timeout)  # type: ignore[misc]
+        self.connected(sock)
+        return sock
+
+
+class _TlsClient(smtplib.SMTP_SSL, _Client):
+    """So does one with TLS from the first byte: before its handshake."""
+
+
 class _Sender:
     def __init__(self, rule: EmailRule, one: Letter) -> None:
         self.rule, self.one = rule, one
         self._stopped, self._turn = False, threading.Lock()
-        self._smtp: smtplib.SMTP | None = None
+        self._connection: socket.socket | None = None
 
     def stop(self) -> None:
-        """Break off."""
+        """Break off, also within the handshake or an answer that has no end."""
         with self._turn:
             self._stopped = True
-            sock = self._smtp.sock if self._smtp else None
-            if sock:
+            if self._connection:
                 with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    self._connection.shutdown(socket.SHUT_RDWR)
+
+    def connected(self, sock: socket.socket) -> None:
+        """Take note of a connection.
+
+        Raises:
+            NotSent: it comes too late.
+        """
+        with self._turn:
+            if self._stopped:
+                sock.close()
+                raise NotSent("its time was up")
+            self._connection = sock.dup()  # TLS takes the socket over
 
     def send(self) -> None:
         where = "{}:{}".format(*self.rule.address)
         try:
             context = Tls(ca=self.rule.ca_cert).client()
-            self._send(context)
+            try:
+                self._send(context)
+            finally:
+                with self._turn:
+                    if self._connection:
+                        self._connection.close()
+                        self._connection = None
         except smtplib.SMTPAuthenticationError as exc:
             raise NotSent(f"{where} refuses the login: {_said(exc.smtp_code, exc.smtp_error)}") from exc
         except smtplib.SMTPRecipientsRefused as exc:
@@ -60,6 +94,8 @@ class _Sender:
             raise NotSent(f"{where} refuses the recipient: {'; '.join(answers)}") from exc
         except smtplib.SMTPSenderRefused as exc:
             raise NotSent(f"{where} refuses the sender: {_said(exc.smtp_code, exc.smtp_error)}") from exc
+        except smtplib.SMTPConnectError as exc:
+            raise NotSent(f"{where} refuses the connection: {_said(exc.smtp_code, exc.smtp_error)}") from exc
         except smtplib.SMTPResponseException as exc:
             raise NotSent(f"{where} refuses the message: {_said(exc.smtp_code, exc.smtp_error)}") from exc
         except smtplib.SMTPNotSupportedError as exc:
@@ -70,31 +106,34 @@ class _Sender:
         except TimeoutError as exc:
             raise NotSent(f"{where}: no answer within {self.rule.timeout_s:g} s") from exc
         except (OSError, smtplib.SMTPException) as exc:
+            if type(exc) is smtplib.SMTPException:  # it offers no way to log in that we know
+                raise NotSent(f"{where}: {exc}") from exc
             if isinstance(exc.__context__, TimeoutError):  # smtplib has made "unexpectedly closed" of it
                 raise NotSent(f"{where}: no answer within {self.rule.timeout_s:g} s") from exc
             raise NotSent(f"{where} can't be reached: {getattr(exc, 'strerror', None) or exc}") from exc
         except DispatchError as exc:
             raise NotSent(exc.message) from exc
+        except ValueError as exc:  # a challenge that is no Base64, say
+            raise NotSent(f"{where}: what it answers can't be understood: {exc}") from exc
 
     def _send(self, context: ssl.SSLContext) -> None:
         rule, (host, port) = self.rule, self.rule.address
         timeout, name = rule.timeout_s, socket.gethostname()
         smtp: Any
         if rule.security is MailSecurity.TLS:
-            smtp = smtplib.SMTP_SSL(local_hostname=name, timeout=timeout, context=context)
+            smtp = _TlsClient(local_hostname=name, timeout=timeout, context=context)
         else:
-            smtp = smtplib.SMTP(local_hostname=name, timeout=timeout)
+            smtp = _Client(local_hostname=name, timeout=timeout)
+        smtp.connected = self.connected
         smtp._host = host  # the name that its certificate must have, which only its constructor sets, and that connects
         try:
-            smtp.connect(host, port)
-            with self._turn:
-                self._smtp = smtp
-                if self._stopped:
-                    raise NotSent("its time was up")
+            code, said = smtp.connect(host, port)
+            if code != 220:
+                raise smtplib.SMTPConnectError(code, said)
             if rule.security is MailSecurity.STARTTLS:
                 smtp.starttls(context=context)
             if rule.user:
-                smtp.login(rule.user, rule.password.get_secret_value())
+                _log_in(smtp, rule.user, rule.password.get_secret_value())
             smtp.send_message(self._message(), rule.sender, [self.one.recipient])
         finally:
             with suppress(OSError, smtplib.SMTPException):
@@ -109,6 +148,33 @@ class _Sender:
         message["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody is to answer by a program
         message.set_content(one.text)
         return message
+
+
+def _log_in(smtp: smtplib.SMTP, user: str, password: str) -> None:
+    """Log in, also with letters beyond ASCII, which smtplib can't send: they are UTF-8 (RFC 4616).
+
+    Raises:
+        smtplib.SMTPException: the server refuses that, or has no way for it.
+    """
+    if (user + password).isascii():
+        smtp.login(user, password)
+        return
+    smtp.ehlo_or_helo_if_needed()
+    ways = smtp.esmtp_features.get("auth", "").upper().split()
+    if "PLAIN" in ways:
+        code, said = smtp.docmd("AUTH", f"PLAIN {_coded(f'{chr(0)}{user}{chr(0)}{password}')}")
+    elif "LOGIN" in ways:
+        code, said = smtp.docmd("AUTH", f"LOGIN {_coded(user)}")
+        if code == 334:
+            code, said = smtp.docmd(_coded(password))
+    else:
+        raise smtplib.SMTPNotSupportedError("it offers neither AUTH PLAIN nor LOGIN, and the login is not in ASCII")
+    if code not in (235, 503):
+        raise smtplib.SMTPAuthenticationError(code, said)
+
+
+def _coded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode("ascii")
 
 
 def _said(code: int, words: bytes | str) -> str:

@@ -43,4 +43,4 @@ def _without_secrets(rule: Rule, words: str) -> str:
     for name in rule.secret_fields():
         if secret := getattr(rule, name).get_secret_value():
             words = words.replace(secret, "…")
-    return " ".join(words.split())[:WORDS_CHARS]
+    return " ".join("".join(one if one.isprintable() else " " for one in words).split())[:WORDS_CHARS]

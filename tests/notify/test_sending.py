@@ -8,14 +8,21 @@ import hashlib
 import hmac
 import json
 import os
+import select
+import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from blocks.rule import CommandRule, EmailRule, Rule, WebhookRule
 from talaria.notify import sending
@@ -24,7 +31,7 @@ from talaria.notify.words import Letter, letter
 from talaria.testing.process import free_port
 from tests.servers.certificates import Authority
 from tests.servers.receiver import Receiver, receiver
-from tests.servers.smtp import PASSWORD, USER, MailServer, smtp
+from tests.servers.smtp import ODD_PASSWORD, ODD_USER, PASSWORD, USER, MailServer, smtp
 from transfer.messages import StoredMessage
 
 TO = "team@example.org"
@@ -95,6 +102,22 @@ def test_a_wrong_password_a_refused_recipient_and_a_refused_message_are_told_in_
     assert server.messages == []
 
 
+@pytest.mark.parametrize("without", [(), ("PLAIN",), ("PLAIN", "LOGIN")])
+def test_a_login_may_have_letters_beyond_ascii(without: tuple[str, ...], tmp_path: Path) -> None:
+    with smtp(tmp_path, without=without) as server:
+        rule = EmailRule(
+            host="localhost", port=server.port, ca_cert=str(server.ca), sender="talaria@example.org", to=[TO],
+            user=ODD_USER, password=ODD_PASSWORD,
+        )  # fmt: skip
+        if len(without) < 2:
+            send(rule)
+            assert len(server.to(TO)) == 1
+            rule.password = SecretStr("schwarzes Käse")
+            assert "refuses the login: 535" in str(failure(rule))
+        else:
+            assert "neither AUTH PLAIN nor LOGIN" in str(failure(rule))
+
+
 def test_a_mail_server_is_trusted_only_by_its_certificate(
     mail: tuple[MailServer, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -114,6 +137,70 @@ def test_a_mail_server_that_is_down_silent_or_slow_costs_a_try(
     assert "no answer within 0.5 s" in str(failure(EmailRule(**fields | {"timeout_s": 0.5})))
     monkeypatch.setattr(sending, "MOST_S", 0.5)
     assert "it took longer" in str(failure(EmailRule(**fields | {"timeout_s": 60})))
+
+
+@contextmanager
+def odd_server(*answers: bytes, endless: bool = False) -> Iterator[tuple[int, threading.Event]]:
+    """A server that gives these answers, one to each line; an endless one repeats the first until it is hung up on."""
+    broken, over = threading.Event(), threading.Event()
+
+    def flood(sock: socket.socket, answer: bytes) -> None:
+        sock.setblocking(False)
+        while not over.is_set():
+            readable, writable, _ = select.select([sock], [sock], [], 0.1)
+            with suppress(BlockingIOError):
+                if readable and not sock.recv(65_536):
+                    broken.set()
+                    return
+                if writable:
+                    sock.send(answer)
+
+    def serve(sock: socket.socket) -> None:
+        with sock, sock.makefile("rb") as lines, suppress(OSError):
+            for answer in answers:
+                if endless:
+                    flood(sock, answer)
+                    return
+                sock.sendall(answer)
+                lines.readline()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: serve(listener.accept()[0]))
+        yield listener.getsockname()[1], broken
+        over.set()
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ([b"554 too many\x1b[31m of you\r\n"], "refuses the connection: 554 too many [31m of you"),
+        ([b"220 hi\r\n", b"250 AUTH GSSAPI\r\n"], ": SMTP AUTH extension not supported"),
+        ([b"220 hi\r\n", b"250-hi\r\n250 AUTH GSSAPI\r\n"], ": No suitable authentication method"),
+        ([b"220 hi\r\n", b"250-hi\r\n250 AUTH CRAM-MD5\r\n", b"334 abcde\r\n"], "can't be understood"),
+    ],
+)
+def test_a_mail_server_that_makes_no_sense_costs_a_try(answers: list[bytes], words: str) -> None:
+    with odd_server(*answers) as (port, _):
+        rule = EmailRule(
+            host="127.0.0.1",
+            port=port,
+            security="none",
+            sender="t@example.org",
+            to=[TO],
+            user="talaria",
+            password="pass",
+        )
+        assert words in str(failure(rule))
+
+
+@pytest.mark.parametrize("security", ["none", "tls"])
+def test_a_mail_server_that_never_ends_is_hung_up_on(security: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "MOST_S", 0.5)
+    piece = b"220-welcome\r\n" if security == "none" else b"\x16\x03\x03\x00\x04\x00\x00\x00\x00"  # a hello request
+    with odd_server(piece, endless=True) as (port, broken):
+        rule = EmailRule(host="127.0.0.1", port=port, security=security, sender="t@example.org", to=[TO])
+        failure(rule)
+        assert broken.wait(60)
 
 
 def test_a_server_without_starttls_gets_neither_password_nor_message(tmp_path: Path) -> None:
@@ -166,6 +253,8 @@ def test_answers_other_than_success_are_failures_and_redirects_lead_nowhere(hook
     assert "answers 429" in str(refused) and refused.after_s == 120
     hook.retry_after = format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)
     assert 7000 < failure(rule).after_s <= 7200, "a date, as RFC 9110 allows"
+    for key in ("whsec_", "whsec_Schlüssel"):  # anybody could sign with an empty one
+        assert "is not base64: correct secret" in str(failure(WebhookRule(url=hook.url, secret=key)))
     hook.retry_after = "soon"
     assert failure(rule).after_s == 0
     with receiver() as elsewhere:
@@ -246,6 +335,16 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_what_a_program_prints_fills_no_disk(programs: Path, tmp_path: Path) -> None:
+    """Only the end of it is of use. What the program has started may live on, with its output open."""
+    pid = tmp_path / "pid"
+    started = f"sleep 3600 & echo $! > {pid}"
+    size = "stat -L -c 'it takes %s bytes' /proc/$$/fd/1"
+    rule = program(programs, f"head -c 100000000 /dev/zero; echo; {started}; {size}; exit 7")
+    assert "ended with exit code 7: it takes 0 bytes" in str(failure(rule))
+    os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 def test_only_programs_of_the_administrator_s_folder_are_run(

@@ -22,6 +22,10 @@ from talaria.testing.process import free_port
 from tests.servers.certificates import Authority
 
 USER, PASSWORD = "talaria", "correct horse"
+ODD_USER, ODD_PASSWORD = "tälaria", "weißes Pferd"
+LOGINS = [
+    LoginPassword(user.encode(), password.encode()) for user, password in ((USER, PASSWORD), (ODD_USER, ODD_PASSWORD))
+]
 
 
 @dataclass
@@ -75,18 +79,20 @@ class MailServer:
 
 
 def _authenticated(server: SMTP, session: Session, envelope: Envelope, mechanism: str, given: Any) -> AuthResult:
-    ours = LoginPassword(USER.encode(), PASSWORD.encode())
-    right = isinstance(given, LoginPassword) and given == ours
+    right = isinstance(given, LoginPassword) and given in LOGINS
     return AuthResult(success=right, handled=right)  # what is not handled is answered 535
 
 
 @contextmanager
-def smtp(folder: Path, security: str = "starttls", *, login: bool = True) -> Iterator[MailServer]:
+def smtp(
+    folder: Path, security: str = "starttls", *, login: bool = True, without: tuple[str, ...] = ()
+) -> Iterator[MailServer]:
     """Run a mail server with a certificate for localhost and 127.0.0.1.
 
     Args:
         security: `starttls`, `tls` or `none`, as a rule has it.
         login: whether it wants one.
+        without: ways to log in that it does not offer.
     """
     authority = Authority(folder)
     leaf = authority.leaf("mail")
@@ -101,6 +107,7 @@ def smtp(folder: Path, security: str = "starttls", *, login: bool = True) -> Ite
         ssl_context=context if security == "tls" else None,
         authenticator=_authenticated,
         auth_require_tls=security == "starttls",  # it knows of no other TLS
+        auth_exclude_mechanism=without,
         ready_timeout=60,
         **secured,
     )
