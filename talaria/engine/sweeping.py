@@ -23,6 +23,7 @@ from blocks import Source
 from blocks.list_source import ListSource
 from talaria.engine import batches
 from talaria.engine.folderwatch import FolderWatch
+from tasks.sources import belonging, checks
 from tasks.sources.inbox import MARKER
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
@@ -51,6 +52,7 @@ class _Watched:
         due: when it is to be swept next, in monotonic seconds.
         run: its last sweep that was begun here.
         look: the last one whether its folders are those that are watched; it may take as long as a share hangs.
+        is_here: whether it is this host's; of another one's, only a folder that both have is watched here.
     """
 
     source: Source
@@ -60,6 +62,7 @@ class _Watched:
     run: UUID | None = None
     known_next: float = 0.0
     look: asyncio.Future[bool] | None = None
+    is_here: bool = True
 
     def soon(self, seconds: float) -> None:
         """Have it swept within some seconds, if it was to be later."""
@@ -133,26 +136,30 @@ class _Sweeping:
     async def _read_sources(self) -> None:
         """See which sources there are; begin to watch those that are new or have changed."""
         found = {one.name: one for one in await KEPT.all(self.client) if isinstance(one, Source) and one.enabled}
+        elsewhere = await belonging.elsewhere(self.client)
         for name in self.watched.keys() - found.keys():
             del self.watched[name]
         for name, source in found.items():
             old = self.watched.get(name)
-            if old is None or old.source != source or await old.is_stale():
+            here = name not in elsewhere
+            if old is None or old.source != source or old.is_here != here or await old.is_stale():
                 net = time.monotonic() if self._is_watched(source) else float("inf")
-                watches = await asyncio.to_thread(self._watches, source)
-                self.watched[name] = _Watched(source, watches, net, old.begun if old else 0.0)
+                watches = await asyncio.to_thread(self._watches, source, is_here=here)
+                self.watched[name] = _Watched(source, watches, net, old.begun if old else 0.0, is_here=here)
 
     @staticmethod
     def _is_watched(source: Source) -> bool:
         return source.watched and bool(getattr(source, "watch", True))
 
-    def _watches(self, source: Source) -> list[FolderWatch]:
+    def _watches(self, source: Source, *, is_here: bool) -> list[FolderWatch]:
         if not self._is_watched(source):
             return []
         if isinstance(source, ListSource):
             folder, _, name = source.file.rpartition("/")
-            return [FolderWatch(folder or "/", name)]
-        return [FolderWatch(folder) for folder in source.folders]
+            names = [(folder or "/", name)]
+        else:
+            names = [(folder, "") for folder in source.folders]
+        return [FolderWatch(*one) for one in names if is_here or not checks.is_own(one[0])]
 
     def _listen(self, one: _Watched) -> None:
         for folder in one.folders:

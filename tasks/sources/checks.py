@@ -18,6 +18,7 @@ from blocks.dicom_source import DicomSource
 from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import After, FileSource
+from protocols.files.filesystem import FLUSHED_AS_A_WHOLE, kind
 from tasks.names import split
 from tasks.sources import dicom, inbox, lines, ports
 from tasks.targets import check_destination, check_source
@@ -25,8 +26,11 @@ from transfer import listening, roots
 from transfer.beneath import resolved
 from transfer.errors import DispatchError, Misconfigured
 from transfer.home import Home
+from transfer.shared import host_of
 from transfer.spool import FOLDER
 
+# File systems that one machine has for itself: of any other, as a share, several hosts may have the same files.
+OWN_DISKS = FLUSHED_AS_A_WHOLE - {"nfs", "nfs4"}
 MOUNTS, PLANNED = Path("/proc/self/mountinfo"), Path("/etc/fstab")
 
 
@@ -60,7 +64,7 @@ def problems(
                 f"{folder}: lies in Talaria's state directory, or holds it: what others have yet to deliver lies there"
             )
         for other in sources:
-            if other.name != source.name:
+            if other.name != source.name and not (other.name in elsewhere and is_own(folder)):
                 found += (
                     f"{folder} and {one} of source {other.name} overlap: each file must have one source"
                     for one in (*other.folders, *_moved_to(other))
@@ -78,6 +82,7 @@ def problems(
         found += (
             f"move_to: {one} and {folder} of source {other.name} overlap: what is moved would come again"
             for other in sources
+            if not (other.name in elsewhere and is_own(one))
             for folder in other.folders
             if overlap(resolved(one), resolved(folder))
         )
@@ -205,6 +210,12 @@ def folder_of(target: Target) -> str:
         return str(getattr(target, "folder", ""))
     url = str(getattr(target, "url", ""))
     return unquote(urlsplit(url).path) if url.startswith("file:") else ""
+
+
+def is_own(folder: str) -> bool:
+    """Return True if a folder surely is this host's alone: what another host has at its path is something else."""
+    real = resolved(folder)
+    return bool(host_of(folder) and host_of(real)) and kind(Path(real)) in OWN_DISKS
 
 
 def overlap(one: str, other: str) -> bool:

@@ -143,6 +143,30 @@ def test_loops(place: Place, way: str) -> None:
     assert any("overlap" in one for one in wrong(place, inbox(place), other))
 
 
+@pytest.mark.parametrize(
+    ("there", "system", "shared", "two"),
+    [(True, "ext4", "", False), (True, "overlay", "", False), (True, "nfs4", "", True), (True, "", "", True),
+     (True, "ext4", "in", True), (False, "ext4", "", True)],
+)  # fmt: skip
+def test_a_path_of_another_host_is_another_folder_unless_both_have_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch, there: bool, system: str, shared: str, two: bool
+) -> None:
+    """On a share, or where nobody can know, it is the same one."""
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
+    monkeypatch.setenv("TALARIA_HOST_NAME", "here")
+    monkeypatch.setenv("TALARIA_SHARED_SOURCES", place(shared) if shared else "")
+    monkeypatch.setattr(checks, "kind", lambda folder: system)
+    for other in (
+        inbox(place, "other"),
+        inbox(place, "other", folder=place("sent"), after="move", move_to=place("in")),
+    ):
+        box = inbox(place)
+        elsewhere = {"other": "there"} if there else {}
+        assert bool(checks.problems(box, [box, other], targets(place), elsewhere=elsewhere)) is two
+    box, other = inbox(place, after="move", move_to=place("sent")), inbox(place, "other", folder=place("sent"))
+    assert bool(checks.problems(box, [box, other], targets(place), elsewhere=elsewhere)) is (two and not shared)
+
+
 def test_a_share_that_is_not_mounted(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     share = place("in").replace(" ", "\\040")
     planned = tmp_path / "fstab"
