@@ -204,10 +204,11 @@ class Reports:
     """Sends reports on associations of our own, in a thread, until they are answered; they outlive the process.
 
     Args:
-        security: returns the TLS settings for an AE title of ours; None for plain connections.
+        security: returns the TLS settings of the source whose folder of reports has this name; None for plain
+            connections.
     """
 
-    def __init__(self, security: Callable[[str], tls.Tls | None] = lambda aet: None) -> None:
+    def __init__(self, security: Callable[[str], tls.Tls | None] = lambda source: None) -> None:
         self._security = security
         self._due: dict[Path, _Due] = {}
         self._changed = threading.Condition()
@@ -298,9 +299,9 @@ class Reports:
                     del self._due[due.path]
 
     def _sent(self, due: _Due) -> bool:
-        to = due.to
+        to, source = due.to, due.path.parent.name
         try:
-            peer = Peer(to.host, to.port, to.called, to.calling, CONNECT_S, IDLE_S, tls=self._security(to.calling))
+            peer = Peer(to.host, to.port, to.called, to.calling, CONNECT_S, IDLE_S, tls=self._security(source))
             status = _report(peer, due.report, self._check)
         except Cancelled:
             return False

@@ -237,9 +237,9 @@ class Listeners:
         self._ending.append(port.scp)
         logger.info("no longer listening on port %d", place[1])
 
-    def _security_of(self, aet: str) -> Tls | None:
-        """Return the settings of TLS for reports that an AE title of ours sends."""
-        source = next((one for one in self._sources.values() if one.aet == aet), None)
+    def _security_of(self, name: str) -> Tls | None:
+        """Return the settings of TLS for reports that a source sends."""
+        source = self._sources.get(name)
         return security(source) if source is not None and source.security else None
 
     def _status_of(self, source: DicomSource) -> dict[str, Any]:

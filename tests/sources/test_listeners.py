@@ -24,7 +24,8 @@ from talaria.engine.listeners import Listeners
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import free_port, listening, until
-from tests.protocols.intake import lying, refusal
+from tests.protocols.intake import AET, lying, refusal
+from tests.protocols.test_dimse_committing import Modality, ask, request
 from tests.protocols.test_dimse_intake import associated, sent, stored
 from tests.servers.certificates import Authority
 from tests.targets.dicom import dicom_target
@@ -183,6 +184,20 @@ def test_who_listens_already_keeps_its_title(listeners: Listeners) -> None:
     listeners.apply([source("a", port, aet="CT"), source("ct", port)])
     assert set(listeners.troubles) == {"a"} and sends(port, "CT")
     assert listeners.status()["ct"]["totals"]["instances"] == 1
+
+
+def test_reports_of_commitment_go_as_their_own_source_receives(listeners: Listeners) -> None:
+    """Another one of the same AE title listens over TLS."""
+    made, modality, port, listens = certificates(), Modality(), free_port(), free_port()
+    tls = {"tls_cert": str(made.server.cert), "tls_key": str(made.server.key), "ca_cert": str(made.ca)}
+    plain = source("b", port, aet=AET, peers=[{"aet": "CT*", "port": listens}])
+    listeners.apply([source("a", free_port(), aet=AET, **tls), plain])
+    with modality.listening(listens):
+        assoc = modality.associate(port)
+        ds = studies.dataset()
+        assert stored(assoc, ds) == 0 and ask(assoc, request(str(ds.SOPInstanceUID))) == 0
+        assoc.release()
+        assert modality.heard.wait(60) and modality.events == [1]
 
 
 def test_tls_comes_and_goes_with_the_settings(listeners: Listeners, tmp_path: Path) -> None:
