@@ -9,6 +9,7 @@ empty. A file never changes under its name: what comes again with other content 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,7 @@ from urllib.parse import quote, unquote
 
 from transfer.plan import Origin
 
+MOST_UID_CHARS = 64  # as PS3.5 section 9.1 has it; some senders' are longer
 FOLDER = "received"  # in the state directory
 SEPARATOR = "+"
 REPORTS = ".reports"  # beside the folders of sources: commitments that the sender has not been told of
@@ -31,7 +33,7 @@ class ReceivedUnit:
     Attributes:
         calling, called: AE titles of the sender and of us.
         host: the sender's address.
-        uid: of the study or series.
+        uid: of the study or series; a mark of one that no folder could be named by.
         version: 1; higher for instances that came again with another content.
     """
 
@@ -51,6 +53,12 @@ class ReceivedUnit:
     def origin(self) -> Origin:
         """Where it came from, as targets that pass it on must know it."""
         return Origin(self.calling, self.called, self.host)
+
+    def of(self, uid: str) -> ReceivedUnit:
+        """Return the same sender's unit of another study or series, whatever its UID is made of."""
+        if len(_quoted(uid)) > MOST_UID_CHARS:
+            uid = f"long-{hashlib.sha256(uid.encode()).hexdigest()[:32]}"
+        return replace(self, uid=uid, version=1)
 
     @property
     def later(self) -> ReceivedUnit:

@@ -304,6 +304,7 @@ class SpoolDepot(Depot):
         super().__init__(visit.reception.spool.folder)
         self._visit, self._reception = visit, visit.reception
         self._found_way = visit.reception.way
+        self._group = ""  # UID of the study or series of the instance before
         self._unit = ReceivedUnit(visit.caller.calling, visit.caller.called, visit.caller.host, "")
         self._unlooked = 0  # bytes
         self._look_at = 0.0  # `time.monotonic` from which on what was seen last no longer holds
@@ -337,8 +338,8 @@ class SpoolDepot(Depot):
         if header is None:
             return status, None
         group = header.SeriesInstanceUID if self._reception.terms.by_series else header.StudyInstanceUID
-        if group != self._unit.uid:
-            self._unit = replace(self._unit, uid=group)
+        if group != self._group:
+            self._group, self._unit = group, self._unit.of(group)
         unit, isnew = self._reception.last_with(uid, self._unit), True
         part.written()
         while True:

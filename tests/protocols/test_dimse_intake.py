@@ -300,6 +300,19 @@ def test_an_instance_without_a_uid_keeps_no_unit_from_being_complete(tmp_path: P
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("uid", ["1." + "3" * 298, "/" * 64])
+def test_a_uid_that_no_folder_can_be_named_by_holds_up_nothing(tmp_path: Path, uid: str) -> None:
+    with listening(tmp_path / "home") as there, closing(PlainSender(there.port)) as sender:
+        odd = [studies.dataset(study=uid) for _ in range(2)] + [studies.dataset(study=uid + "4")]
+        usual = studies.dataset()
+        assert [sender.store(ds) for ds in (odd[0], usual, *odd[1:])] == [0, 0, 0, 0]
+        units = {folder: unit for unit, folder, _ in Spool(there.folder).units()}
+        lie = sorted(sorted(file.stem for file in folder.iterdir()) for folder in units)
+        wanted = [odd[:2], odd[2:], [usual]]
+        assert lie == sorted(sorted(str(ds.SOPInstanceUID) for ds in ones) for ones in wanted)
+        assert all(ReceivedUnit.parse(folder.name) == unit for folder, unit in units.items())
+
+
 def test_all_addresses_are_those_of_both_kinds(tmp_path: Path) -> None:
     with listening(tmp_path / "home") as there:
         scp = StorageScp("", 0, "", there.desk)
