@@ -26,6 +26,8 @@ from transfer.shared import host_of
 from transfer.window import DispatchWindow
 
 MOVED = "type it again: the connection leads elsewhere now, and a stored secret never goes to another place"
+# An IPv4 address with a number that inet_aton(3) takes for an octal one: 192.168.010.020 would be 192.168.8.16.
+OCTAL = re.compile(r"(?=.*\b0+[1-9]\d)(\d+\.){3}\d+")
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_ORIGIN = Origin()
@@ -309,6 +311,10 @@ def check_host(value: str) -> str:
     value = value.strip()
     if not HOST.fullmatch(value):
         raise ValueError(f"{value!r} is not a host name or an IP address")
+    if OCTAL.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is another address than it looks like: write its numbers without zeros before them"
+        )
     return value.strip("[]")
 
 

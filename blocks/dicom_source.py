@@ -6,6 +6,7 @@ import ipaddress
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import ClassVar, Self
+from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
 
@@ -110,7 +111,7 @@ class Route(BaseModel):
         if modalities and not any(fnmatchcase(modality.upper(), one.upper()) for one in modalities):
             return False
         described = ((study_description, self.study_description), (series_description, self.series_description))
-        return all(not pattern or fnmatchcase(text.casefold(), pattern.casefold()) for text, pattern in described)
+        return all(not pattern or fnmatchcase(_alike(text), _alike(pattern)) for text, pattern in described)
 
 
 class DicomSource(Source, ShowsCertificate):
@@ -258,6 +259,11 @@ router = DicomSource.load("BLOCK_NAME")
         if self.ca_cert and not self.tls_cert:
             raise ValueError("ca_cert is set without tls_cert: only TLS has certificates to check")
         return self
+
+
+def _alike(text: str) -> str:
+    """Return what texts have in common that differ in their case, and in how letters with marks are composed."""
+    return normalize("NFC", normalize("NFC", text).casefold())
 
 
 def _pattern(value: str) -> str:

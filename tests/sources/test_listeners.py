@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from blocks import SOURCES, FolderTarget
+from blocks.dicom import DicomTarget
 from blocks.dicom_source import DicomSource, Route
 from protocols.net.tls import certificate_shown
 from talaria.engine import listening as engine
@@ -112,6 +114,28 @@ def test_a_source_reaches_what_its_routes_name() -> None:
 )
 def test_what_a_route_takes(route: dict[str, Any], fits: bool) -> None:
     assert Route(targets=["a"], **route).fits("CT", "CT Thorax nativ", "Lung 1.0") is fits
+
+
+@pytest.mark.parametrize("pattern", ["*SCHÄDEL*", unicodedata.normalize("NFD", "*schädel*")])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_description_fits_however_its_letters_are_composed(pattern: str, form: Any) -> None:
+    said = unicodedata.normalize(form, "CT Schädel nativ")
+    assert Route(targets=["a"], study_description=pattern).fits("CT", said, "")
+    assert Route(targets=["a"], series_description=pattern).fits("CT", "", said)
+
+
+@pytest.mark.parametrize(
+    ("host", "good"),
+    [("192.168.010.020", False), ("10.1.2.010", False), ("192.168.001.005", True), ("10.1.2.0", True),
+     ("10.0.0.1", True), ("100.200.10.20", True), ("ct-010.example.org", True)],
+)  # fmt: skip
+def test_an_address_that_means_another_one_is_refused(host: str, good: bool) -> None:
+    for made in (lambda: source("ct", 104, peers=[{"host": host}]), lambda: DicomTarget(host=host, aet_target="A")):
+        if good:
+            made()
+        else:
+            with pytest.raises(ValidationError, match="another address than it looks like"):
+                made()
 
 
 def test_routes_by_titles() -> None:
