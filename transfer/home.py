@@ -60,16 +60,28 @@ class Home:
         return os.environ.get("TALARIA_LEDGER") or self.root / "ledger.sqlite"
 
     def identity(self) -> str:
-        """Return a name that no other state directory has, made on first use."""
+        """Return a name that no other state directory has, made on first use; a copy of one gets another name."""
         path = self.root / "identity"
         with open(path, "a+", encoding="ascii", opener=private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            name = file.read()
-            if not name:
-                name = uuid.uuid4().hex
-                file.write(name)
+            name, _, inode = file.read().partition(" ")
+            ours = str(os.fstat(file.fileno()).st_ino)
+            if not name or (inode or ours) != ours:
+                name, inode = uuid.uuid4().hex, ""
+            if not inode:  # a new one, or of an earlier Talaria
+                file.truncate(0)
+                file.write(f"{name} {ours}")
         return name
+
+    def kernel(self) -> str:
+        """Return a mark of the running kernel that keeps the locks of this directory, and of the folder they are in.
+
+        Only whoever has the same mark can say of an owner that it is not alive: not another machine that has a copy of
+        the directory, or the same share, and not this one after it has begun anew.
+        """
+        info = self.root.stat()
+        return f"{_boot_id()} {info.st_dev:x} {info.st_ino:x}"
 
     def receipt(self, flow_run_id: str) -> Path:
         """Return the path of a flow run's receipts."""
@@ -109,7 +121,8 @@ class Home:
             return False
         try:
             with open(self.root / "owners" / owner, encoding="ascii") as file:
-                return not _take(file.fileno())
+                # Shared: of two who look at once, neither takes the other one for the owner.
+                return not _take(file.fileno(), fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
 
@@ -146,6 +159,12 @@ class Home:
                     path.unlink(missing_ok=True)
 
 
+def _boot_id() -> str:
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return socket.gethostname()
+
+
 def host_name() -> str:
     """Return the name by which other hosts know this one: TALARIA_HOST_NAME, or what the system has."""
     return os.environ.get("TALARIA_HOST_NAME") or socket.gethostname()
@@ -180,9 +199,9 @@ def _is_still(path: Path, fd: int) -> bool:
         return False
 
 
-def _take(fd: int) -> bool:
+def _take(fd: int, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

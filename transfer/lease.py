@@ -38,7 +38,7 @@ def living(home: Home, ledger: Ledger) -> Callable[[str], bool]:
     def alive(owner: str) -> bool:
         held = ledger.runs.holder(owner)
         # Of our own state directory we know more: the kernel, at once.
-        return held is not None and held.live and (held.home != home.identity() or home.alive(owner))
+        return held is not None and held.live and (held.home != home.kernel() or home.alive(owner))
 
     return alive
 
@@ -88,7 +88,7 @@ class Lease:
             owner = mine.enter_context(self._home.owner(self._label))
             if self._ledger.shared:
                 asked = now()
-                self._ledger.runs.enroll(owner, self._home.identity(), host_name(), self._seconds)
+                self._ledger.runs.enroll(owner, self._home.kernel(), host_name(), self._seconds)
                 self._deadline = asked + self._seconds * USED
                 self._until(self._deadline)
             self.owner, self._mine = owner, mine.pop_all()

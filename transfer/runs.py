@@ -30,7 +30,11 @@ STEP_S = 60.0  # an end that is further ahead was noted before the clock was set
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that has, or had, a lease (`transfer.lease`): of which state directory, and whether it has it still."""
+    """A process that has, or had, a lease (`transfer.lease`): who can say that it lives, and whether it has it still.
+
+    Attributes:
+        home: its kernel and state directory (`Home.kernel`).
+    """
 
     home: str
     host: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -50,3 +52,29 @@ def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
         raise OSError("disk")
     with home.exclusive("dispatch"):
         pass
+
+
+def test_of_two_who_look_whether_an_owner_lives_neither_is_taken_for_it(tmp_path: Path) -> None:
+    """Where one took a dead owner for alive, a run of its was not taken up."""
+    home = Home(tmp_path)
+    with home.owner("worker") as living:
+        dead = tmp_path / "owners" / "dead"
+        dead.touch()  # as a kill leaves it
+        with dead.open() as looks:
+            fcntl.flock(looks, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as another process does, just now
+            assert home.alive(living) and not home.alive("dead")
+    assert not home.alive(living)
+
+
+def test_a_copy_of_a_state_directory_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.root.mkdir()
+    name = home.identity()
+    assert home.identity() == name
+    shutil.copytree(home.root, tmp_path / "copy")
+    copy = Home(tmp_path / "copy")
+    assert copy.identity() == copy.identity() != name and copy.kernel() != home.kernel()
+    (home.root / "identity").write_text("0" * 32, encoding="ascii")  # as of an earlier Talaria
+    assert home.identity() == "0" * 32 == home.identity()
+    shutil.copytree(home.root, tmp_path / "late")
+    assert Home(tmp_path / "late").identity() != "0" * 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def test_a_run_that_another_host_has_is_its_own_until_its_lease_ends(url: str, t
         assert ledger.runs.claimed("r", ours.owner, alive)
         ledger.runs.ends("r", theirs.owner)
         assert ledger.runs.unfinished() == {"r": ours.owner}
+
+
+def test_a_copy_of_a_state_directory_takes_nobody_for_dead(url: str, tmp_path: Path) -> None:
+    """As of a machine that was cloned: its `up` took over what the workers of the first one had just begun."""
+    first = host(tmp_path, "first")
+    first.identity()
+    with Ledger(url) as ledger, leased(first) as theirs:
+        shutil.copytree(first.root, tmp_path / "copy")
+        copy = Home(tmp_path / "copy")
+        assert not copy.alive(theirs.owner)
+        with leased(copy) as ours:
+            assert ledger.runs.claimed("r", theirs.owner, living(first, ledger))
+            assert living(copy, ledger)(theirs.owner)
+            assert not ledger.runs.claimed("r", ours.owner, living(copy, ledger))
 
 
 def test_a_lease_that_has_ended_never_comes_back(url: str) -> None:
