@@ -7,7 +7,7 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── progress/         how far each flow run is that runs, or has just ended
 ├── listening/        one file per listener that is at work
 ├── uploads/          one folder per upload: what people send from their browsers
-├── staging/          one folder per running flow run
+├── staging/          one folder per running flow run, and process that runs it
 ├── received/         one folder per DICOM source, of what was not delivered yet
 ├── sources/          what dispatches of sources send: lists of units
 ├── indexes/          one file per folder that is searched and can't hold its index itself

@@ -28,6 +28,7 @@ from transfer.plan import CHANGED, Item, Plan
 from transfer.source import InPlace, LeadsOut, Sources
 
 FICLONE = 0x40049409  # ioctl_ficlone(2)
+STAGED_BY = "."  # in the name of a folder for a run's files, before the id of the process that has it
 
 
 class Way(Enum):

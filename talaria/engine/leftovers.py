@@ -12,15 +12,14 @@ from protocols.dicomfolder.indexes import clear_indexes
 from transfer import deadletters, nearby, uploads
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.staging import discard
+from transfer.staging import STAGED_BY, discard
 
 
-def clear_staging(home: Home, ledger: Ledger) -> int:
-    """Remove the staging folders of runs that no process runs any more; return how many there were."""
-    # Listed first: a run is in the ledger before it has a folder.
+def clear_staging(home: Home) -> int:
+    """Remove the staging folders of processes that are no more; return how many there were."""
+    # Each ends with the owner's id, who is there before it.
     folders = list(home.staging.iterdir()) if home.staging.is_dir() else []
-    living = {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
-    orphans = [one for one in folders if one.name not in living and not home.alive(one.name)]  # some bear an owner's id
+    orphans = [one for one in folders if not home.alive(one.name.rpartition(STAGED_BY)[2])]
     for folder in orphans:
         discard(folder)
     return len(orphans)
@@ -58,7 +57,7 @@ def forget(home: Home, age: float, open_runs: Collection[str], failed_age: float
         receipts = _forget_receipts(home, before, kept)
         kept |= {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
         _forget_retrievals(home, before, kept)
-        return Forgotten(rows, receipts, clear_staging(home, ledger), clear_indexes(home.root, before))
+        return Forgotten(rows, receipts, clear_staging(home), clear_indexes(home.root, before))
 
 
 def _forget_receipts(home: Home, before: float, kept: Collection[str]) -> int:

@@ -63,7 +63,7 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
     taken: list[str] = []
     with Ledger(home.ledger) as ledger:
         if ledger.shared:  # each worker looks after the runs of all hosts, and of many who do, one takes a run up
-            await asyncio.to_thread(clear_staging, home, ledger)
+            await asyncio.to_thread(clear_staging, home)
             return taken
         # Asked first: a run is in the ledger before it is under way at the server.
         lost = await _under_way(client, pool) if alone else set()
@@ -76,7 +76,7 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
                 taken.append(run_id)
             ledger.runs.ends(run_id, goes_on=again)
         await slots.give_back(client, ledger, alive)
-        await asyncio.to_thread(clear_staging, home, ledger)
+        await asyncio.to_thread(clear_staging, home)
     return taken
 
 

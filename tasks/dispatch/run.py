@@ -46,7 +46,7 @@ from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
 from transfer.receipt import Receipt, State, overall
-from transfer.staging import Way, discard
+from transfer.staging import STAGED_BY, Way, discard
 from transfer.studies import Each
 
 R = TypeVar("R")
@@ -65,12 +65,14 @@ class Dispatch:
         naming: Naming,
         priority: str,
         origin: Origin = NO_ORIGIN,
+        owner: str = "",
     ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
         self.who = ""  # who asked for it, for the audit trail
         self.live, self.naming = shown_live, naming
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
-        self.staging = home.staging / flow_run_id
+        # Not that of a process which had the run before, and may be about to clear its own.
+        self.staging = home.staging / f"{flow_run_id}{STAGED_BY}{owner}"
         self.deliveries: list[Delivery] = []
         self.studies: Studies | None = None  # of a flood
         self.staged: Staged | None = None  # of any other
@@ -350,13 +352,13 @@ async def dispatching(targets: list[str], priority: str, naming: Naming, origin:
         # After its end is noted there: what is ours in it and not at work is taken for left.
         stack.callback(running.forget, flow_run_id)
         shown_live = await stack.enter_async_context(live(home, flow_run_id))
-        dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority, origin)
+        owner = ledger.runs.owner_of(running.whole() or flow_run_id) or ""
+        dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority, origin, owner)
         stack.push_async_callback(dispatch.looks.release)
         dispatch.looks.rest = await patiently(lambda: rest.load(home, ledger, flow_run, [one.name for one in chosen]))
         dispatch.who = audited.requester(flow_run)
-        # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.
-        owner = ledger.runs.owner_of(running.whole())
-        if owner:
+        is_part = bool(running.whole() and owner)  # it belongs to the process of the run that it is a part of
+        if is_part:
             ledger.runs.begins(flow_run_id, owner)
         try:
             yield dispatch
@@ -369,8 +371,8 @@ async def dispatching(targets: list[str], priority: str, naming: Naming, origin:
             raise
         finally:
             await asyncio.to_thread(discard, dispatch.staging, getattr(dispatch.staged, "plan", None))
-            if owner:
-                ledger.runs.ends(flow_run_id, goes_on=rest.rests(ledger, flow_run_id))
+            if is_part:
+                ledger.runs.ends(flow_run_id, owner, goes_on=rest.rests(ledger, flow_run_id))
 
 
 def _shows_its_plan() -> bool:

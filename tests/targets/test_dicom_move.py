@@ -25,7 +25,6 @@ from tests.targets.pulling import AET, GETS, MOVES, in_latin_1, only, port_of_mo
 from transfer.errors import REMEDIES, Misconfigured
 from transfer.health import Health, Probe
 from transfer.home import Home
-from transfer.ledger import Ledger
 
 
 @pytest.fixture
@@ -160,15 +159,14 @@ def test_the_newest_and_smallest_is_moved_of_what_an_archive_shows(port: int) ->
 
 def test_a_killed_test_leaves_nothing_for_long(tmp_path: Path, port: int) -> None:
     home = Home.current()
-    with Ledger(home.ledger) as ledger:
-        with dicom_move.room() as folder:
-            studies.dicom(folder / "one.dcm")
-            assert clear_staging(home, ledger) == 0 and (folder / "one.dcm").exists()  # it is somebody's at work
-        left = home.staging / folder.name
-        studies.dicom(left / "one.dcm")  # as after a kill, which leaves the owner's file as well, without its lock
-        (home.root / "owners" / folder.name).touch()
-        assert clear_staging(home, ledger) == 1 and not left.exists()
-        (home.root / "owners" / folder.name).unlink()
+    with dicom_move.room() as folder:
+        studies.dicom(folder / "one.dcm")
+        assert clear_staging(home) == 0 and (folder / "one.dcm").exists()  # it is somebody's at work
+    left = home.staging / folder.name
+    studies.dicom(left / "one.dcm")  # as after a kill, which leaves the owner's file as well, without its lock
+    (home.root / "owners" / folder.name).touch()
+    assert clear_staging(home) == 1 and not left.exists()
+    (home.root / "owners" / folder.name).unlink()
 
 
 def test_a_port_that_is_taken_is_said(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
