@@ -17,6 +17,7 @@ from talaria.engine import hosts
 from talaria.engine.due import come
 from tasks.dispatch import line
 from tasks.dispatch.lately import loaded
+from tasks.replaced import replaced
 from transfer.errors import DispatchError
 from transfer.ledger import Ledger
 
@@ -44,7 +45,7 @@ async def bring_forward(client: PrefectClient, ledger: Ledger, run_id: UUID, has
     if await asyncio.to_thread(has_begun, run_id):  # its own time has come
         return
     now: State[Any] = AwaitingRetry(scheduled_time=come(ledger), message=state.message)
-    await client.set_flow_run_state(run_id, now, force=True)
+    await replaced(client, run_id, state, now)
 
 
 async def look(

@@ -2,7 +2,8 @@
 
 A run that is cancelled while a worker executes it says so itself. Of one that waits, in a queue or at rest, the server
 sets the state and nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear.
-What waits of a retrieval is cancelled with it. So it is with a run that is given up, as too many workers died with it.
+What waits of a retrieval is cancelled with it. So it is with a run whose process died while it was being cancelled, and
+with one that is given up, as too many workers died with it.
 """
 
 from __future__ import annotations
@@ -108,16 +109,16 @@ async def _waited(client: PrefectClient, flow_run: FlowRun) -> bool:
     return bool(before) and before[-1] in WAITED
 
 
-async def was_given_up(client: PrefectClient, flow_run: FlowRun, why: str) -> None:
-    """Say that a run is given up in the state in which it was found, if it is a dispatch; once.
+async def was_cut_off(client: PrefectClient, flow_run: FlowRun, why: str = "") -> None:
+    """Say that a run has ended whose process has died, in the state in which it was found; once.
 
     Args:
-        why: in a sentence.
+        why: it is given up, in a sentence; "" if it was cancelled.
     """
     home, asked = Home.current(), flow_run.parameters
     if _is_retrieval(asked):
         await end_waiting(client, home, str(flow_run.id))
-        await end_at_rest(client, home, flow_run, why)
+        await end_at_rest(client, home, flow_run, why, dead=True)
     elif asked.get("paths") and asked.get("targets"):
         with unsaid_is_no_failure(str(flow_run.id)), Ledger(home.ledger) as ledger:
             await _say(client, ledger, flow_run, str(flow_run.state and flow_run.state.id), why)

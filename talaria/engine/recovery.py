@@ -21,12 +21,14 @@ from prefect import get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentTaskRunId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Failed
@@ -35,6 +37,8 @@ from talaria.engine import hosts, slots
 from talaria.engine.leftovers import clear_staging
 from tasks.dispatch.running import PAUSING, paused
 from tasks.paging import every
+from tasks.replaced import replaced
+from tasks.retrieve.dispatches import CUT_OFF
 from transfer import lease
 from transfer.home import Home, host_name, locked
 from transfer.ledger import Ledger
@@ -69,12 +73,15 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
         lost = await _under_way(client, pool) if alone else set()
         owners, alive = ledger.runs.unfinished(), lease.living(home, ledger)
         lost = {run_id for run_id in lost | set(owners) if not (owners.get(run_id) and alive(owners[run_id]))}
-        for run_id in lost:
-            if run_id not in owners and await elsewhere(client, await client.read_flow_run(UUID(run_id)), online=False):
+        for run_id in await _parts_first(client, lost):
+            former = owners.get(run_id)
+            if former is None and await elsewhere(client, await client.read_flow_run(UUID(run_id)), online=False):
+                continue
+            if ledger.runs.owner_of(run_id) != former:  # another worker has begun it since
                 continue
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.runs.ends(run_id, goes_on=again)
+            ledger.runs.ends(run_id, former or "", goes_on=again)  # who has begun it by now has it
         await slots.give_back(client, ledger, alive)
         await asyncio.to_thread(clear_staging, home)
     return taken
@@ -111,7 +118,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
                 continue
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.runs.ends(run_id, owner, goes_on=again)
+            ledger.runs.ends(run_id, owner or "", goes_on=again)
     return taken
 
 
@@ -126,14 +133,16 @@ async def taken_over(
     Args:
         at_work: whether this process executes a run, or has settled it.
     """
-    taken = []
-    for run_id, former in ledger.runs.unfinished().items():
+    taken, unfinished = [], ledger.runs.unfinished()
+    left = [one for one, former in unfinished.items() if former == owner or (ledger.shared and not alive(former))]
+    for run_id in await _parts_first(client, {one for one in left if not at_work(one)}):
+        former = unfinished[run_id]
         if at_work(run_id) or run_id in _taking_over:
             continue
         if former == owner:  # by now it may have ended, and be another's
             mine = ledger.runs.unfinished().get(run_id) == owner
         else:
-            mine = ledger.shared and not alive(former) and ledger.runs.claimed(run_id, owner, alive)
+            mine = ledger.runs.claimed(run_id, owner, alive)
         if not mine:
             continue
         _taking_over.add(run_id)
@@ -146,6 +155,27 @@ async def taken_over(
         finally:
             _taking_over.discard(run_id)
     return taken
+
+
+async def _parts_first(client: PrefectClient, run_ids: set[str]) -> list[str]:
+    """Return the ids of runs with those first that are parts of others: who has a whole next makes of them what is due.
+
+    A part would else be ended when its whole goes on with it already.
+    """
+    found = (
+        await every(
+            client.read_flow_runs,
+            flow_run_filter=FlowRunFilter(
+                id=FlowRunFilterId(any_=[*map(UUID, run_ids)]),
+                parent_task_run_id=FlowRunFilterParentTaskRunId(is_null_=False),
+            ),
+            sort=FlowRunSort.ID_DESC,
+        )
+        if len(run_ids) > 1
+        else ()
+    )
+    parts = {str(one.id) for one in found}
+    return sorted(run_ids, key=lambda one: (one not in parts, one))
 
 
 async def elsewhere(client: PrefectClient, flow_run: FlowRun, *, online: bool) -> bool:
@@ -202,22 +232,21 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
     state = flow_run.state
     if state is None or state.type is StateType.SCHEDULED or state.is_paused():
         return False
-    if state.type is StateType.CANCELLING:
-        await client.set_flow_run_state(flow_run.id, Cancelled(message="cancelled"), force=True)
-        return False
     if state.is_final() and state.type is not StateType.CRASHED:
         return False
-    if flow_run.parent_task_run_id is not None:  # a part of a run that is taken up itself, and makes it anew
-        await client.set_flow_run_state(flow_run.id, Cancelled(message="its run was taken up again"), force=True)
+    if state.type is StateType.CANCELLING:
+        await _say_cut_off(client, flow_run)
+        await client.set_flow_run_state(flow_run.id, Cancelled(message="cancelled"), force=True)
         return False
+    if state.name == PAUSING:  # it was killed before it had paused
+        return await _replaced(client, flow_run, state, paused(), taken_up=False)
+    if flow_run.parent_task_run_id is not None:  # a part of a run that is taken up itself, and makes it anew
+        return await _replaced(client, flow_run, state, Cancelled(message=CUT_OFF), taken_up=False)
     now, crashes = time.time(), int(str(flow_run.labels.get(CRASHES, 0)))
     if now - float(str(flow_run.labels.get(CRASHED, now))) > APART_S:
         crashes = 0
     if crashes >= MAX_CRASHES:
         await _give_up(client, flow_run, crashes)
-        return False
-    if state.name == PAUSING:  # it was killed before it had paused
-        await client.set_flow_run_state(flow_run.id, paused(), force=True)
         return False
     labels: dict[str, Any] = {CRASHES: crashes + 1, CRASHED: now}
     other = hosts.where_it_waits(flow_run)
@@ -226,16 +255,29 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
     await client.update_flow_run_labels(flow_run.id, labels)
     message = f"{TAKEN_UP}; waits for {other}, where its files are" if other else TAKEN_UP
     at_once = min(datetime.now(UTC), state.timestamp)  # by the server's clock, where ours is ahead
-    await client.set_flow_run_state(flow_run.id, AwaitingRetry(scheduled_time=at_once, message=message), force=True)
-    return True
+    again: State[Any] = AwaitingRetry(scheduled_time=at_once, message=message)
+    return await _replaced(client, flow_run, state, again, taken_up=True)
+
+
+async def _replaced(
+    client: PrefectClient, flow_run: FlowRun, found: State[Any], state: State[Any], *, taken_up: bool
+) -> bool:
+    """Give a run a state, and return as `_take_up`; if somebody has set another one meanwhile, go by that."""
+    if await replaced(client, flow_run.id, found, state):
+        return taken_up
+    return await _take_up(client, str(flow_run.id))
+
+
+async def _say_cut_off(client: PrefectClient, flow_run: FlowRun, why: str = "") -> None:
+    from talaria.engine.cancelled import was_cut_off  # imports every driver, and every command imports this module
+
+    await was_cut_off(client, flow_run, why)
 
 
 async def _give_up(client: PrefectClient, flow_run: FlowRun, crashes: int) -> None:
     """Let a run fail that may be what kills its workers; say so before, so that it is said in any case."""
-    from talaria.engine.cancelled import was_given_up  # imports every driver, and every command imports this module
-
     why = f"given up: its worker or server died {crashes} times while it ran: look why, then retry it"
-    await was_given_up(client, flow_run, why)
+    await _say_cut_off(client, flow_run, why)
     await client.set_flow_run_state(flow_run.id, Failed(message=why), force=True)
     await client.update_flow_run_labels(flow_run.id, {CRASHES: 0})  # where somebody retries it, it counts anew
 

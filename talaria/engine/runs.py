@@ -45,6 +45,7 @@ from talaria.engine.table import FLOWS
 from tasks.crashed import is_over
 from tasks.dispatch import rest, running
 from tasks.dispatch.asked import dispatch_in
+from tasks.replaced import around
 from transfer import live
 from transfer.errors import Misconfigured, NotFound
 from transfer.home import Home
@@ -284,12 +285,8 @@ async def _kept_waiting(client: PrefectClient, run_id: UUID, state: State[Any]) 
         False if a process had just taken it: Prefect lets that one go on to Running, whatever is set before.
     """
     ours = (await client.set_flow_run_state(run_id, state, force=True)).state
-    before: StateType | None = None
-    for one in await client.read_flow_run_states(run_id):
-        if ours is not None and one.id == ours.id:
-            break
-        before = one.type
-    return before not in UNDER_WAY
+    before, _ = await around(client, run_id, ours)
+    return before is None or before.type not in UNDER_WAY
 
 
 async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:

@@ -12,6 +12,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled
 
 from talaria.engine.called import RESTS
+from talaria.engine.cancelled import was_cut_off
 from talaria.engine.recovery import elsewhere
 from talaria.engine.watch import StateChange, resuming
 from tasks.dispatch import running
@@ -30,11 +31,14 @@ async def look_after(client: PrefectClient, ledger: Ledger, alive: Callable[[str
             break
     else:
         return
-    if await _is_executed(client, ledger, alive, flow_run):
+    owner = ledger.runs.owner_of(str(flow_run.id))
+    if await _is_executed(client, alive, flow_run, owner):
         return
-    if state.is_cancelling():  # while it waited for its next attempt
+    if state.is_cancelling():  # while it waited for its next attempt, or its process has died
+        if owner:
+            await was_cut_off(client, flow_run)
         await client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
-        ledger.runs.ends(str(flow_run.id))
+        ledger.runs.ends(str(flow_run.id), owner or "")
     elif state.is_running():  # it ended when it was paused
         await client.set_flow_run_state(flow_run.id, resuming(ledger), force=True)
 
@@ -51,11 +55,12 @@ async def pause(client: PrefectClient, ledger: Ledger, alive: Callable[[str], bo
         said = [one.name for one in states if one.name != RESTS]
         state = flow_run.state
         if said[-1:] == [running.PAUSING] and state is not None and state.name in (running.PAUSING, RESTS):
-            if not await _is_executed(client, ledger, alive, flow_run):
+            if not await _is_executed(client, alive, flow_run, ledger.runs.owner_of(str(run_id))):
                 await client.set_flow_run_state(run_id, running.paused(state.message or ""), force=True)
             return
 
 
-async def _is_executed(client: PrefectClient, ledger: Ledger, alive: Callable[[str], bool], flow_run: FlowRun) -> bool:
-    owner = ledger.runs.owner_of(str(flow_run.id))
+async def _is_executed(
+    client: PrefectClient, alive: Callable[[str], bool], flow_run: FlowRun, owner: str | None
+) -> bool:
     return alive(owner) if owner else await elsewhere(client, flow_run, online=True)

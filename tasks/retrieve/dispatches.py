@@ -6,8 +6,10 @@ sent in the run of another one, at that one's time. So we make these runs oursel
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -28,7 +30,10 @@ from prefect.states import AwaitingRetry, Cancelled, Failed, Pending
 from tasks.dispatch import rest, running
 from tasks.dispatch.patience import patiently
 from tasks.paging import every
+from tasks.replaced import replaced
+from transfer.database import LOST
 from transfer.home import Home, host_name
+from transfer.lease import living
 from transfer.ledger import Ledger
 from transfer.shared import HOST, several
 
@@ -37,6 +42,8 @@ RESTS = AwaitingRetry().name  # name of the state of one that waits by itself
 HELD = "held by somebody"  # begins the reason of a study whose dispatch goes on when somebody lets it
 HELD_S = 3_600.0  # between two looks at it, where nobody says that it goes on
 ENDED = "its retrieval has ended"  # what the state of a dispatch says that waited until then
+CUT_OFF = "its run was taken up again"  # and of one whose process died: its retrieval makes another one
+LOOK_S = 0.2  # between two looks whether who takes a dispatch over has done so
 
 
 async def dispatched(
@@ -63,18 +70,30 @@ async def dispatched(
     Raises:
         Abort: somebody has deleted the run.
     """
+    async with _having(former, whole) if former else nullcontext():
+        return await _dispatched(flow, whole, former, waited, begins, {"paths": paths, "targets": targets, **more})
+
+
+async def _dispatched(
+    flow: Flow[..., Any],
+    whole: str,
+    former: str,
+    waited: bool,
+    begins: Callable[[str], None],
+    parameters: dict[str, Any],
+) -> State[Any]:
     async with get_client() as client:
         flow_run = await patiently(lambda: _known(client, former)) if former else None
         state = flow_run.state if flow_run else None
         if waited and flow_run is None:
             raise Abort(f"run {former} has been deleted")
-        if state and waited and _is_anothers(state):
+        if flow_run and state and not state.is_final() and not _is_anothers(state, waited=waited):
+            known, found = flow_run.id, state
+            state = await patiently(lambda: _let_go_on(client, known, found))
+        if state and _is_anothers(state, waited=waited):
             return _as_failed(state)
         if flow_run is None or state is None or state.is_final():
-            flow_run = await patiently(lambda: _made(client, flow, whole, {"paths": paths, "targets": targets, **more}))
-        else:
-            run_id = flow_run.id
-            await patiently(lambda: client.set_flow_run_state(run_id, Pending(message="goes on"), force=True))
+            flow_run = await patiently(lambda: _made(client, flow, whole, parameters))
     run_id = flow_run.id
     stop = running.flag(str(run_id))
     begins(str(run_id))
@@ -109,10 +128,44 @@ def held_until(state: State[Any]) -> float:
     return min(later.timestamp(), soonest) if later else soonest
 
 
-def _is_anothers(state: State[Any]) -> bool:
-    """Return True if a dispatch that waited has got a state since in which its study is not to be sent."""
-    over = state.is_final() or state.is_cancelling()
-    return is_held(state) or (over and state.message != ENDED)
+def _is_anothers(state: State[Any], *, waited: bool) -> bool:
+    """Return True if somebody has given a dispatch a state in which its study is not to be sent.
+
+    Args:
+        waited: whether it was left waiting; else it was under way when its process died, or has ended.
+    """
+    over = state.is_final() if waited else state.is_cancelled()
+    return is_held(state) or ((over or state.is_cancelling()) and state.message not in (ENDED, CUT_OFF))
+
+
+async def _let_go_on(client: PrefectClient, run_id: UUID, found: State[Any]) -> State[Any]:
+    """Make a dispatch Pending; return its state, another one if somebody has set it meanwhile."""
+    pending: State[Any] = Pending(message="goes on")
+    if await replaced(client, run_id, found, pending):
+        return pending
+    return (await client.read_flow_run(run_id)).state or found
+
+
+@asynccontextmanager
+async def _having(run_id: str, whole: str) -> AsyncIterator[None]:
+    """Let a dispatch that goes on be its retrieval's process's, in the ledger, before anything is made of its state.
+
+    Whoever looks after what a dead process has left lets it be then, and has done with it before.
+    """
+    stop, owner = running.flag(run_id), None
+    try:
+        with suppress(*LOST), Ledger(Home.current().ledger) as ledger:
+            owner, alive = ledger.runs.owner_of(whole), living(Home.current(), ledger)
+            while owner and ledger.runs.owner_of(run_id) != owner and not ledger.runs.claimed(run_id, owner, alive):
+                if stop.is_set():
+                    break
+                await asyncio.sleep(LOOK_S)
+        yield
+    finally:
+        with suppress(*LOST), Ledger(Home.current().ledger) as ledger:
+            if owner:
+                ledger.runs.ends(run_id, owner, goes_on=True)
+        running.forget(run_id)
 
 
 def _as_failed(state: State[Any]) -> State[Any]:

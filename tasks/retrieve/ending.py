@@ -42,19 +42,22 @@ async def refused(error: DispatchError) -> State[Any]:
     return state
 
 
-async def end_at_rest(client: PrefectClient, home: Home, flow_run: FlowRun, why: str = "") -> None:
+async def end_at_rest(
+    client: PrefectClient, home: Home, flow_run: FlowRun, why: str = "", *, dead: bool = False
+) -> None:
     """Say of a retrieval which nobody executes, and which waited, that it has ended; nothing if that was said.
 
     What it has achieved is known to the host that ran it: only there, or of one that has never begun, it is said.
 
     Args:
         why: it was given up; "" if it was cancelled.
+        dead: whether its process is known to have died, whatever the ledger says of it.
     """
     run_id, asked = str(flow_run.id), flow_run.parameters
     begun = folder_of(home, run_id).is_dir()
     if not begun and (flow_run.run_count or await kept.read(client, flow_run.id) is not None):
         return
-    job = await asyncio.to_thread(_ended, home, run_id, numbers_of(asked), why)
+    job = await asyncio.to_thread(_ended, home, run_id, numbers_of(asked), why, sure=dead or bool(why))
     if job is None:
         return
     state = "failed" if why else "cancelled"
@@ -75,10 +78,14 @@ def mark_ended(home: Home, run_id: str) -> None:
         _ended(home, run_id, ())
 
 
-def _ended(home: Home, run_id: str, numbers: tuple[str, ...], why: str = "") -> Job | None:
-    """Note that a retrieval has ended; return what it has achieved, None if it had ended, or somebody executes it."""
+def _ended(home: Home, run_id: str, numbers: tuple[str, ...], why: str = "", *, sure: bool = False) -> Job | None:
+    """Note that a retrieval has ended; return what it has achieved, None if it had ended, or somebody executes it.
+
+    Args:
+        sure: whether nobody does, whatever the ledger says.
+    """
     with Ledger(home.ledger) as ledger:
-        if not why and ledger.runs.owner_of(run_id) is not None:
+        if not sure and ledger.runs.owner_of(run_id) is not None:
             return None
         job = Job.load(home, run_id, numbers)
         if job.ended:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -29,6 +30,7 @@ class Server:
     def __init__(self, message: str = "", age: timedelta = OLD, online: tuple[str, ...] = ()) -> None:
         self.state: State[Any] = Pending(message=message, timestamp=datetime.now(UTC) - age)
         self.id, self.online = uuid4(), online
+        self.history = list[State[Any]]()
         self.change: State[Any] | None = None  # somebody sets it meanwhile
 
     @property
@@ -47,9 +49,14 @@ class Server:
     async def update_flow_run_labels(self, run_id: UUID, labels: dict[str, Any]) -> None:
         assert run_id == self.id
 
-    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+    async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
+        return self.history
+
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> Any:
         assert run_id == self.id and force
+        self.history = [self.state, state]
         self.state = state
+        return SimpleNamespace(state=state)
 
 
 def look(server: Server, home: Home, owner: str = "") -> list[str]:

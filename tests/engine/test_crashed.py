@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.states import Completed, Crashed, Failed, Running
+from prefect.states import Cancelling, Completed, Crashed, Failed, Running
 
 from talaria.engine import cancelled
 from talaria.engine.recovery import CRASHED, CRASHES, MAX_CRASHES, _take_up
@@ -23,10 +24,13 @@ from talaria.engine.runs import at_rest, retry
 from talaria.service.jobs import settled
 from talaria.testing import studies
 from tasks.crashed import TAKEN_UP_WITHIN
+from tasks.retrieve import ending
+from tasks.retrieve.job import Job, folder_of
 from tasks.sources.runs import PrefectDispatching
 from tests.engine.material import folder
 from tests.servers.up import Talaria
-from transfer.deliveries import WHOLE
+from transfer.deliveries import WHOLE, Standing
+from transfer.errors import NotFound
 from transfer.happenings import DISPATCHES
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -42,6 +46,10 @@ class Server:
         labels = {CRASHES: crashes, CRASHED: time.time() - ago_s} if crashes else {}
         self.run = FlowRun(flow_id=uuid4(), parameters=parameters, state=state, labels=labels)
         self.set: list[State[Any]] = []
+        self.former = state  # before the last one that was set
+
+    async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
+        return [self.former, *self.set[-1:]]
 
     async def read_flow_run(self, run_id: UUID) -> FlowRun:
         return self.run
@@ -55,9 +63,10 @@ class Server:
     async def update_flow_run_labels(self, run_id: UUID, labels: dict[str, Any]) -> None:
         self.run.labels.update(labels)
 
-    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> Any:
         self.set.append(state)
-        self.run.state = state
+        self.former, self.run.state = cast(State[Any], self.run.state), state
+        return SimpleNamespace(state=state)
 
     def take_up(self) -> bool:
         return asyncio.run(_take_up(cast(PrefectClient, self), str(self.run.id)))
@@ -126,7 +135,7 @@ def test_crashes_of_a_long_run_count_only_while_each_follows_within_a_day() -> N
 def test_a_retrieval_that_kills_its_workers_ends_too(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[tuple[Any, str]]()
 
-    async def end(client: Any, home: Home, flow_run: FlowRun, why: str = "") -> None:
+    async def end(client: Any, home: Home, flow_run: FlowRun, why: str = "", *, dead: bool) -> None:
         said.append((flow_run.id, why))
 
     monkeypatch.setattr(cancelled, "end_at_rest", end)
@@ -136,6 +145,51 @@ def test_a_retrieval_that_kills_its_workers_ends_too(alone: None, monkeypatch: p
     assert run == server.run.id and "given up: its worker or server died" in why
     with Ledger(Home.current().ledger) as ledger:
         assert not ledger.happenings.waiting(9)
+
+
+def test_a_dispatch_whose_worker_dies_while_it_is_being_cancelled_is_said_to_be_once(alone: None) -> None:
+    """Nobody heard of its end, and for the lists it waited for ever."""
+    server = Server(Cancelling(), **ASKED)
+    run = str(server.run.id)
+    with Ledger(Home.current().ledger) as ledger:
+        ledger.deliveries.stand(run, "waiting", [Standing(name, "waiting", 2, 1, "") for name in ("pacs", "archive")])
+        state = server.run.state
+        for _ in range(2):  # whoever finished that died before the server had heard of it
+            server.run.state = state
+            assert not server.take_up()
+        happened = [(one.event, one.about["target"]) for one in ledger.happenings.waiting(9)]
+        assert happened == [("dispatch.cancelled", "pacs"), ("dispatch.cancelled", "archive")]
+        stands = {name: one.state for name, one in ledger.deliveries.of([run])[run].items()}
+        assert stands == dict.fromkeys((WHOLE, "pacs", "archive"), "cancelled")
+    assert {state.type for state in server.set} == {StateType.CANCELLED}
+
+
+def test_a_retrieval_whose_worker_dies_while_it_is_being_cancelled_has_ended(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its retry was none: what had been missing was not searched for again."""
+    said = list[str]()
+
+    async def report(*about: Any) -> None:
+        said.append(about[-1])
+
+    async def gone(*_: Any, **__: Any) -> None:
+        raise NotFound("no target named pacs")
+
+    monkeypatch.setattr(ending, "report", report)
+    monkeypatch.setattr(ending, "load", gone)
+    server, home = Server(Cancelling(), source="pacs", accessions="A1 A2", targets=["archive"]), Home.current()
+    run = str(server.run.id)
+    job = Job(folder_of(home, run), missing=["A1"], pending=["A2"])
+    job.save()
+    with Ledger(home.ledger) as ledger:
+        ledger.runs.begins(run, "gone")
+        assert not server.take_up() and server.set[0].is_cancelled()
+        assert ledger.deliveries.of([run])[run][WHOLE].state == "cancelled"
+    again = Job.load(home, run, ("A1", "A2"))
+    assert said == ["cancelled"] and again.ended
+    again.again()
+    assert sorted(again.pending) == ["A1", "A2"]
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ class Server:
     """What is asked of a server about one run; no other worker is online."""
 
     def __init__(self, run: FlowRun, *before: State[Any]) -> None:
-        self.run, self.before = run, list(before)
+        self.run, self.before = run, [*before, *([run.state] if run.state else [])]
         self.set: list[State[Any]] = []
 
     async def read_flow_run(self, run_id: UUID) -> FlowRun:
@@ -265,7 +265,8 @@ class Server:
         return [self.run]
 
     async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
-        return self.before
+        now = [one for one in (self.run.state,) if one and one not in (*self.before, *self.set)]
+        return [*self.before, *now, *self.set[-1:]]
 
     async def read_workers_for_work_pool(self, pool: str) -> list[Any]:
         return []
@@ -274,8 +275,9 @@ class Server:
         assert run_id == self.run.id
         self.run.labels.update(labels)
 
-    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> Any:
         self.set.append(state)
+        return SimpleNamespace(state=state)
 
 
 @pytest.mark.parametrize(("queue", "says"), [("normal@there", "waits for there"), ("normal", ""), ("normal@here", "")])
@@ -409,8 +411,12 @@ def test_a_host_without_places_holds_up_nobody_behind_its_runs(tmp_path: Path, m
         async def read_flow_run(self, run_id: UUID) -> FlowRun:
             return by_id[str(run_id)]
 
-        async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+        async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
+            return []
+
+        async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> Any:
             resting(by_id[str(run_id)], -1)  # it is due, and nobody takes it
+            return SimpleNamespace(state=state)
 
     monkeypatch.setattr(line, "_waker", woken.append)
     monkeypatch.setattr(line, "LOST_S", -called.MARGIN_S)
@@ -457,7 +463,7 @@ def test_of_a_silent_host_s_runs_each_is_taken_up_once(tmp_path: Path) -> None:
     run.state = Running()
     server = Server(run)
     with Shared(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
-        ledger.runs.enroll(ours, home.identity(), "here", 60.0)
+        ledger.runs.enroll(ours, home.kernel(), "here", 60.0)
         ledger.runs.enroll("gone", "another state directory", "there", -1.0)
         ledger.runs.enroll("theirs", "another state directory", "there", 60.0)
         ledger.runs.begins(str(run.id), "gone")
@@ -494,7 +500,7 @@ def test_a_run_that_the_server_is_not_there_to_take_over_is_looked_at_again(tmp_
     run.state = behind.state = Running()
     server = Failing(run, error)
     with Shared(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
-        ledger.runs.enroll(ours, home.identity(), "here", 60.0)
+        ledger.runs.enroll(ours, home.kernel(), "here", 60.0)
         ledger.runs.enroll("gone", "another state directory", "there", -1.0)
         for one in (run, behind):
             ledger.runs.begins(str(one.id), "gone")
@@ -539,7 +545,7 @@ def test_a_run_whose_server_was_away_when_it_ended_is_put_back_when_it_is_there(
         assert [state.type for state in server.set] == [StateType.SCHEDULED] and not ledger.runs.unfinished()
 
     with (Shared if shares else Ledger)(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
-        ledger.runs.enroll(ours, home.identity(), "here", 60.0)
+        ledger.runs.enroll(ours, home.kernel(), "here", 60.0)
         lease = SimpleNamespace(owner=ours)
         asyncio.run(work())
 
