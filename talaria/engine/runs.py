@@ -136,10 +136,19 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
             owner = ledger.runs.owner_of(run_id)
             return owner not in (None, lease.owner) and alive(str(owner))
 
+        def is_ours() -> bool:
+            """Take it, in the ledger first: what is under way and stands there for nobody's is taken for left."""
+            running.regained(run_id)
+            owner = lease.owner
+            if ledger.runs.owner_of(run_id) != owner and not ledger.runs.claimed(run_id, owner, alive):
+                return False
+            if not access.run(lanes.claim, flow_run.id, name):
+                ledger.runs.ends(run_id, owner, goes_on=True)
+                return False
+            return True
+
         while True:
-            if access.run(lanes.claim, flow_run.id, name):
-                running.regained(run_id)
-                ledger.runs.begins(run_id, lease.owner)
+            if is_ours():
                 running.forget(run_id)  # what was heeded at the end of its last part
                 state = asyncio.run(_run_here(flow, flow_run))
                 stands = state is not None and (state.is_final() or state.is_scheduled() or state.is_paused())
