@@ -41,7 +41,7 @@ class _Taken(Exception):
 def read(ledger: Ledger, target: Target) -> Breaker:
     """Return the state of a target's breaker."""
     with suppress(*LOST):
-        return _of(target, ledger.waits.breaker(known_as(target)))
+        return _of(target, ledger.waits.breaker(known_as(target)), ledger.now())
     return Breaker(known_as(target), "")
 
 
@@ -49,7 +49,7 @@ def every(ledger: Ledger, targets: list[Target]) -> dict[str, Breaker]:
     """Return the state of the breakers of targets, by name."""
     with suppress(*LOST):
         known = ledger.waits.breakers()
-        return {one.name: _of(one, known.get(known_as(one))) for one in targets}
+        return {one.name: _of(one, known.get(known_as(one)), ledger.now()) for one in targets}
     return {one.name: Breaker(one.name, "") for one in targets}
 
 
@@ -100,8 +100,7 @@ def reached(ledger: Ledger, target: Target, run: str = "") -> None:
         with ledger.together():
             one = read(ledger, target)
             if one.trial is not None and one.opened:
-                patience = target.connect_timeout_s + 2 * target.idle_timeout_s  # after which it would have hung, too
-                ledger.waits.tries(known_as(target), run, ledger.now() + (patience if run else 0.0))
+                ledger.waits.tries(known_as(target), run, ledger.now() + (_patience(target) if run else 0.0))
         if one.trial is None:
             answered(ledger, target)
         elif one.opened and not run:
@@ -167,9 +166,18 @@ def is_queue(name: str) -> bool:
     return name.endswith(QUEUE)
 
 
-def _of(target: Target, found: Breaker | None) -> Breaker:
+def _of(target: Target, found: Breaker | None, now: float) -> Breaker:
     mark = _mark(target)
-    return found if found and found.mark == mark else Breaker(known_as(target), mark)
+    if found is None or found.mark != mark:
+        return Breaker(known_as(target), mark)
+    if found.until > now + max(LONGEST_S, _patience(target)):  # noted before the clock was set back
+        found.until = now
+    return found
+
+
+def _patience(target: Target) -> float:
+    """Return the seconds after which a push would have hung, too."""
+    return target.connect_timeout_s + 2 * target.idle_timeout_s
 
 
 def _say(ledger: Ledger, target: Target, one: Breaker, *, up: bool) -> None:

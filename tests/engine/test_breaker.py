@@ -81,6 +81,22 @@ def test_failures_count_wherever_they_are_seen_and_the_first_answer_ends_it(host
     assert said(one, target) == ["target.down", "target.up", "target.down"]
 
 
+def test_a_clock_that_is_set_back_keeps_nobody_from_a_test(
+    tmp_path: Path, target: FolderTarget, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was sent to the target for as long as the clock had been ahead."""
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *_, **__: None)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for _ in range(breaker.LIMIT):
+            breaker.failed(ledger, target, Unreachable("no route"), "no route")
+        found = breaker.read(ledger, target)
+        assert found.opened and found.until > ledger.now()
+        now = ledger.now() - 86_400
+        monkeypatch.setattr(ledger, "now", lambda: now)
+        for again in (breaker.read(ledger, target), breaker.every(ledger, [target])[target.name]):
+            assert again.opened and again.until <= now
+
+
 def test_where_a_push_hung_an_answer_to_a_check_lets_one_run_push(
     hosts: Any, target: FolderTarget, called: list[str]
 ) -> None:
