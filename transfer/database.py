@@ -35,6 +35,7 @@ KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval":
 KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
 # What a ledger raises whose database is away, or whose disk is: nothing that it is asked says that it is wrong.
 LOST = (DispatchError, OSError, sqlite3.Error)
+NO_ROOM = "the disk of the state directory is full: nothing can be noted there"
 LEASE_S = 30.0  # how long a host's runs are its own without a word of it, unless TALARIA_LEASE says otherwise
 
 
@@ -178,7 +179,7 @@ class Sqlite:
             except sqlite3.OperationalError as exc:
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
                     raise
-                raise LedgerFull("the disk of the state directory is full: nothing can be noted in the ledger") from exc
+                raise LedgerFull(NO_ROOM) from exc
 
     @contextmanager
     def writing(self) -> Iterator[None]:

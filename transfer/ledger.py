@@ -19,11 +19,13 @@ from typing import Any, Self
 
 from transfer import confirmed, deliveries, happenings, held, messages, rests, runs, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
-from transfer.database import Tables, opened
+from transfer.database import NO_ROOM, Tables, opened
 from transfer.deliveries import Deliveries
+from transfer.errors import LedgerFull
 from transfer.happenings import Happenings
 from transfer.held import HeldSlots
 from transfer.messages import Messages
+from transfer.oserrors import FULL
 from transfer.outcome import ARRIVED, Kind, Outcome, outcome_of
 from transfer.plan import Item
 from transfer.pruning import prune_confirmed, prune_dispatches, prune_runs
@@ -372,6 +374,21 @@ class Ledger:
             + self._db.execute(scripts, (len(AT), AT, before)).rowcount
             + prune_confirmed(self._db, before)
         )
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Let a block write into the state directory whose disk may be full.
+
+    Raises:
+        LedgerFull: it is: what is to be noted there can be once there is room.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in FULL:
+            raise
+        raise LedgerFull(NO_ROOM) from exc
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -13,7 +14,7 @@ from typing import IO, Any
 from transfer import roots
 from transfer.errors import Misconfigured
 from transfer.home import Home, private
-from transfer.ledger import write_json
+from transfer.ledger import noted, write_json
 
 PART = ".part"  # of a list that is being written
 
@@ -84,7 +85,8 @@ def batches(home: Home, source: str) -> dict[str, Path]:
 
 def keep(path: Path, parameters: Mapping[str, Any]) -> None:
     """Keep beside a list what its dispatch is asked for, so that it can be created after a crash."""
-    write_json(path.with_suffix(".json"), dict(parameters))
+    with noted():
+        write_json(path.with_suffix(".json"), dict(parameters))
 
 
 def kept(path: Path) -> dict[str, Any] | None:
@@ -109,29 +111,39 @@ def remove(path: Path) -> None:
 
 
 class Writer:
-    """Writes a list, unit by unit; it is whole, and on the disk, when it is closed. A context manager."""
+    """Writes a list, unit by unit; it is whole, and on the disk, when it is closed.
+
+    Raises, as its methods do:
+        LedgerFull: the disk of the state directory is full.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = path
         self._part = path.with_suffix(PART)
-        self._file: IO[str] = open(self._part, "w", encoding="ascii", opener=private)  # noqa: SIM115 - closed by `close`
+        with noted():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._file: IO[str] = open(self._part, "w", encoding="ascii", opener=private)  # noqa: SIM115 - by `close`
 
     def add(self, unit: ListedUnit) -> None:
         """Write a unit."""
         files = [(one.path, one.size, one.mtime_ns, one.ctime_ns, one.inode) for one in unit.files]
         line = {"key": unit.key, "paths": unit.paths, "within": unit.within, "files": files}
-        self._file.write(json.dumps(line) + "\n")  # ASCII: names that are not UTF-8 keep their surrogates as escapes
+        with noted():
+            self._file.write(
+                json.dumps(line) + "\n"
+            )  # ASCII: names that are not UTF-8 keep their surrogates as escapes
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._part, self.path)
+        with noted():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._part, self.path)
 
     def abandon(self) -> None:
         """Remove what was written."""
-        self._file.close()
+        with suppress(OSError):  # what could not be written is written once more
+            self._file.close()
         self._part.unlink(missing_ok=True)
 
 

@@ -156,14 +156,15 @@ def sentence(receipt: Receipt) -> str:
 def refusal(error: DispatchError) -> RunState[Any]:
     """Return the state of a run that could not begin, or was stopped before it began.
 
-    Where the ledger's database is away, nothing can be known or noted: the run comes back, and nobody is told.
+    Where the ledger's database is away, or the disk of the state directory full, nothing can be known or noted: the run
+    comes back, and nobody is told.
     """
     if isinstance(error, Paused):
         return running.paused(error.message)
     if isinstance(error, LeftToAnother):  # its engine makes of it that it goes on
         return states.Cancelled(message=error.message)
     if isinstance(error, LedgerAway) and line.may_rest():
-        wait = rest.for_the_ledger()
+        wait = rest.for_the_ledger(error)
         return states.AwaitingRetry(scheduled_time=wait.until, message=rest.message([wait], error.message))
     say_refused(error)
     if isinstance(error, Denied):

@@ -26,7 +26,7 @@ from tasks.dispatch import kept
 from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery
 from tasks.dispatch.progress import Live, Part
 from transfer.home import Home
-from transfer.ledger import write_whole
+from transfer.ledger import noted, write_whole
 from transfer.live import is_followed_here
 from transfer.outcome import Kind
 from transfer.receipt import Receipt, State
@@ -152,13 +152,17 @@ async def report(
 ) -> None:
     """Save the receipts: whole at the server, a copy as a JSON file, and artifacts for people.
 
+    Raises:
+        LedgerFull: the disk of the state directory is full.
+
     Args:
         outputs: how hooks ended, and what they printed, by target.
         brief: whether the run waits on: no more artifacts than it has.
         studies: of a flood, the row of each.
     """
     path, what = home.receipt(flow_run_id), (dispatch_id, flow_run_id, state, receipts, studies)
-    await asyncio.to_thread(write_whole, path, pieces(*what))
+    with noted():
+        await asyncio.to_thread(write_whole, path, pieces(*what))
     async with get_client() as client:
         await kept.keep(client, UUID(flow_run_id), pieces(*what), again=has_run_before())
     if brief:

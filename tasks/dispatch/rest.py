@@ -20,6 +20,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 
 from tasks.dispatch import kept as kept_receipts
+from transfer.errors import LedgerAway, LedgerFull
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -50,9 +51,10 @@ def next_attempt(target: str, again: float, script: int = 0) -> Wait:
     return Wait(datetime.fromtimestamp(again, UTC), f"the next {what} at {target}")
 
 
-def for_the_ledger() -> Wait:
-    """Return the wait for the ledger's database to be there again."""
-    return Wait(datetime.now(UTC) + timedelta(seconds=LEDGER_S), "the ledger's database")
+def for_the_ledger(error: LedgerAway) -> Wait:
+    """Return the wait for the ledger's database to be there again, or for room where it, or a receipt, is a file."""
+    what = "room in the state directory" if isinstance(error, LedgerFull) else "the ledger's database"
+    return Wait(datetime.now(UTC) + timedelta(seconds=LEDGER_S), what)
 
 
 @dataclass

@@ -216,7 +216,7 @@ class Dispatch:
                 )
                 return
             if isinstance(exc, LedgerAway) and line.may_rest() and not self.cancelled.is_set():
-                delivery.stopped, self.looks.waits[target.name] = State.WAITING, rest.for_the_ledger()
+                delivery.stopped, self.looks.waits[target.name] = State.WAITING, rest.for_the_ledger(exc)
                 return
             whole = is_outage(exc) and delivery.receipt().state is State.DELIVERED
             if whole or (delivery.hook == "failed" and not delivery.stopped):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transfer.home import Home
-from transfer.ledger import write_json
+from transfer.ledger import noted, write_json
 
 
 class Stage(StrEnum):
@@ -105,8 +105,12 @@ class Job:
         return cls(folder, studies=studies, **document)
 
     def save(self) -> None:
-        """Save the state, whole or not at all."""
-        with self._lock:
+        """Save the state, whole or not at all.
+
+        Raises:
+            LedgerFull: the disk of the state directory is full.
+        """
+        with self._lock, noted():
             document = {
                 "pending": self.pending,
                 "missing": self.missing,

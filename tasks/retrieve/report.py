@@ -6,7 +6,6 @@ Names accession numbers and UIDs; no name, ID or birth date of a patient.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from tasks.dispatch.progress import Part
 from tasks.dispatch.report import has_run_before
 from tasks.retrieve.job import Job, Stage, Study
 from transfer.home import Home
-from transfer.ledger import write_json
+from transfer.ledger import noted, write_json, write_whole
 from transfer.tables import csv_text
 
 COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
@@ -144,25 +143,22 @@ def csv_path(home: Home, flow_run_id: str) -> Path:
 
 
 async def report(client: PrefectClient, home: Home, job: Job, flow_run_id: str, source: str, state: str) -> None:
-    """Save the result: whole at the server, JSON and CSV in the state directory, and an artifact."""
-    whole = document(job, flow_run_id, source, state)
-    write_json(home.receipt(flow_run_id), whole)
+    """Save the result: whole at the server, JSON and CSV in the state directory, and an artifact.
+
+    Raises:
+        LedgerFull: the disk of the state directory is full.
+    """
+    whole, path, every = document(job, flow_run_id, source, state), csv_path(home, flow_run_id), rows(job, state)
+    with noted():
+        write_json(home.receipt(flow_run_id), whole)
+        write_whole(path, [csv_text(COLUMNS, every).encode()])
     await kept.keep(client, UUID(flow_run_id), [json.dumps(whole).encode()], again=has_run_before())
-    path = csv_path(home, flow_run_id)
-    every = rows(job, state)
-    _write(path, csv_text(COLUMNS, every))
     shown = every[:SHOWN_ROWS]
     about = f"retrieval from {source}: {state}; all of it: {path}"
     table = ArtifactCreate(
         type="table", key="retrieval", description=about, data=json.dumps(shown), flow_run_id=UUID(flow_run_id)
     )
     await client.create_artifact(table)
-
-
-def _write(path: Path, text: str) -> None:
-    fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
 
 
 def part_of(job: Job, source: str) -> Part:

@@ -43,7 +43,7 @@ from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
 from tasks.targets import check_destination, check_source, load
 from transfer.errors import Cancelled as DispatchCancelled
-from transfer.errors import DiskFull, DispatchError
+from transfer.errors import DiskFull, DispatchError, LedgerAway
 from transfer.home import Home
 from transfer.layout import sanitised
 from transfer.ledger import Ledger
@@ -323,6 +323,9 @@ class Retrieval:
                     study.stage = study.stage if study.missing else Stage.DELIVERED
                 elif study.dispatch or _has(study, size_of(folder)[0]):
                     await self._dispatch(study, folder)
+            except LedgerAway as exc:
+                wait = rest.for_the_ledger(exc)
+                study.again, study.reason = wait.until.timestamp(), rest.message([wait], exc.message)
             except DispatchError as exc:
                 study.stage, study.reason = Stage.FAILED, exc.message
                 self._full = exc.message if isinstance(exc, DiskFull) else self._full

@@ -17,7 +17,7 @@ from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -30,20 +30,26 @@ from imaging.query import Query
 from talaria.service.jobs import settled
 from talaria.testing import studies
 from talaria.testing.process import until
-from tasks.dispatch import audited, leaving, line, running
+from tasks.dispatch import audited, leaving, line, rest, running
+from tasks.dispatch.report import report
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.fetch import Fetcher
-from tasks.retrieve.job import Stage, Study
+from tasks.retrieve.job import Job, Stage, Study, folder_of
+from tasks.retrieve.report import report as report_retrieval
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
 from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
 from tests.targets.dicom import dicom_target
 from tests.targets.pulling import GETS, only, port_of_moves
+from transfer import unitlist
 from transfer.audit import Trail, entries
-from transfer.errors import DiskFull
+from transfer.errors import DiskFull, LedgerFull
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.receipt import Receipt
+from transfer.receipt import State as Ended
+from transfer.unitlist import ListedUnit
 
 RUN = "00000000-0000-4000-8000-000000000001"
 Sent = Callable[..., Awaitable[State[Any]]]
@@ -498,6 +504,59 @@ def test_fetching_goes_on_when_what_is_sent_on_has_made_room(
         asyncio.run(one.run())
         assert set(stages(one).values()) == {Stage.DELIVERED}
         assert 0xA700 in peer.store_answers
+
+
+@pytest.mark.mounts
+def test_what_a_full_disk_lets_nobody_note_is_no_fault_of_ours(
+    disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dispatch that had delivered everything failed at its receipt."""
+    root = disk("size=64k")
+    monkeypatch.setenv("TALARIA_HOME", str(root))
+    home, receipts = Home.current(), [Receipt("pacs", ())]
+    waits = rest.for_the_ledger(LedgerFull("full"))
+    assert waits.what == "room in the state directory" and waits.soon
+    with (root / "other").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+    def listed() -> None:
+        writer = unitlist.Writer(unitlist.place(home, "inbox", "y"))
+        try:
+            writer.add(ListedUnit("S1", ("/in/S1",)))
+            writer.close()
+        finally:
+            writer.abandon()
+
+    noted = [
+        lambda: asyncio.run(report(home, "id", RUN, Ended.DELIVERED, receipts, {})),
+        lambda: asyncio.run(report_retrieval(cast(Any, None), home, Job(folder_of(home, RUN)), RUN, "src", "failed")),
+        Job(folder_of(home, RUN)).save,
+        lambda: unitlist.keep(unitlist.place(home, "inbox", "x"), {}),
+        listed,
+    ]
+    for note in noted:
+        with pytest.raises(LedgerFull, match="the disk of the state directory is full"):
+            note()
+    assert [path for path in root.rglob("*") if path.is_file()] == [root / "other"]
+    (root / "other").unlink()
+    noted[2]()
+    assert Job.load(home, RUN, ("A1",)).pending == []
+
+
+def test_a_study_that_can_t_be_noted_waits_for_that(concluded: Callable[[Retrieval], State[Any]]) -> None:
+    sent = list[str]()
+
+    async def full(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        sent.extend(paths)
+        if len(sent) == 1:
+            raise LedgerFull("the disk of the state directory is full")
+        return Completed()
+
+    with archive(study("S1")) as peer:
+        state = concluded(made(peer, full, "S1"))
+        assert state.name == "AwaitingRetry" and "room in the state directory" in str(state.message)
+        assert concluded(made(peer, full, "S1")).is_completed() and len(sent) == 2
 
 
 def test_the_query_of_a_wish_is_looked_at_before_anything_begins() -> None:
