@@ -6,6 +6,7 @@ What many files have in common is in memory once; the numbers of each, and its o
 from __future__ import annotations
 
 import os
+import re
 import struct
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ _MTIME = struct.Struct("<q")
 _IN_PLACE, _DIGITS = 1, 2  # whether a staged plan reads it where it lies; whether its UID is packed
 # As they are given, in their order.
 _KNOWN = ("path", "size", "mtime_ns", "header", "problem", "not_sent", "damaged")
+_ESCAPE = re.compile(r"\\(\\|x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|[a-z'])")
+_SIGNS = {"n": "\n", "r": "\r", "t": "\t"}
 _FIELDS = (*_KNOWN, "ctime_ns", "links", "inode", "in_place", "watch")
 
 
@@ -199,3 +202,17 @@ def _unpacked(packed: bytes) -> str:
 
 def _escaped(char: str) -> str:
     return f"\\u{ord(char):04x}" if "\x80" <= char <= "\xff" else repr(char)[1:-1]
+
+
+def path_of(shown: str) -> str:
+    """Return the path of the item that is shown so."""
+    return _ESCAPE.sub(_unescaped, shown) if "\\" in shown else shown
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    sign, number = found[1], found[2] or found[3] or found[4]
+    if not number:
+        return _SIGNS.get(sign, sign)
+    # Of what is escaped by two digits, all from 0x80 are bytes that are not UTF-8.
+    code = int(number, 16)
+    return chr(code + 0xDC00 if len(number) == 2 and code >= 0x80 else code)

@@ -19,6 +19,7 @@ from typing import Any
 from blocks.base import Target
 from tasks.dispatch import audited
 from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, summary
+from tasks.dispatch.gone import GONE, arrived_rows, gone_studies, reject_gone
 from tasks.dispatch.push import failure_of
 from tasks.dispatch.rest import Left
 from tasks.driver import Driver
@@ -67,11 +68,19 @@ class Studies:
     ) -> None:
         self.all, self.plan = studies, Plan(flood_id(studies), into, (), origin=origin)
         self.ids: dict[str, str] = {}  # of the dispatches, by the study's name
+        self.earlier: dict[str, dict[str, Any]] = {}  # rows of receipts of an earlier part, or of what is retried
         self._exclude, self._into, self._cancelled, self._way = exclude, into, cancelled, way
         self._kept = KEPT if sharers > 1 else 0
         self._staged: dict[str, _Staged] = {}
         self._lock, self._numbers = threading.Lock(), itertools.count()
         into.mkdir(parents=True, mode=0o700, exist_ok=True)
+
+    def lack(self, before: Sequence[dict[str, Any]], targets: Sequence[str]) -> None:
+        """Let those studies of earlier receipts fail that have yet to come to some target, and are there no more."""
+        self.earlier = {str(row["study"]): row for row in before}
+        gone = gone_studies(self.all, before, targets)
+        self.all = [*self.all, *(FloodStudy(name, (), problem=GONE) for name in gone)]
+        self.ids |= {name: str(self.earlier[name]["dispatch_id"]) for name in gone}
 
     @contextmanager
     def staged(self, study: FloodStudy) -> Iterator[Plan]:
@@ -165,7 +174,9 @@ class Flood(Delivery):
         super().__init__(driver, target, studies.plan, ledger, home, cancelled, paused=paused, force=force)
         self.studies, self.run, self.who = studies, run, who
         self._one = target  # with its share of what the target grants a dispatch
-        earlier = settled(target.name, before)
+        gone = [study.name for study in studies.all if study.problem == GONE]
+        earlier = settled(target.name, arrived_rows(studies.earlier.values(), target.name, gone))
+        earlier |= settled(target.name, before)
         self._settled = {study.name: earlier[study.name] for study in studies.all if study.name in earlier}
         self._partly: dict[str, Receipt] = {}  # so far, of those that are not settled
         self._open_hooks = [name for name, one in self._settled.items() if one.hook == "failed"]
@@ -264,6 +275,7 @@ class Flood(Delivery):
     def _delivery(self, study: FloodStudy, plan: Plan) -> Delivery:
         what = self.driver, self._one, plan, self.ledger, self.home, self.cancelled
         delivery = Delivery(*what, paused=self.paused, force=self._force)
+        reject_gone(delivery, self.studies.earlier.get(study.name, {}).get("targets", {}).get(self.target.name))
         dispatch_id, name, endpoint = delivery.key
         if self.ledger.outcomes(dispatch_id, name, plan.items, endpoint, since=self._since):
             # An earlier attempt of this run has sent some of it: that is not "already" there, nor sent again by force.

@@ -26,13 +26,14 @@ from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import LeftToAnother, Paused, knows, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows, studies_of
+from tasks.dispatch.gone import reject_gone
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.leaving import is_left
 from tasks.dispatch.looks import Looks
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import failure_of, hook_task, push_task
-from tasks.dispatch.report import pieces, progress_shown, report
+from tasks.dispatch.report import has_run_before, pieces, progress_shown, report
 from tasks.dispatch.slots import NoSlot
 from tasks.dispatch.stage import Staged, keep_files, stage_files
 from tasks.dispatch.stoppable import GRACE_S, stoppable
@@ -76,6 +77,7 @@ class Dispatch:
         self.deliveries: list[Delivery] = []
         self.studies: Studies | None = None  # of a flood
         self.staged: Staged | None = None  # of any other
+        self.earlier: dict[str, Any] = {}  # the receipts of an earlier part, or of what is retried
         in_line = line.stands(flow_run_id)
         self.looks = Looks(flow_run_id, home, ledger, in_line, priority, origin)
         self.left = False  # whether it was told to stop only because its process ends
@@ -116,10 +118,12 @@ class Dispatch:
         """Plan and stage the files, of a flood when they are needed; a run that is taken up again keeps its id."""
         by_name = any(DRIVERS.of(target).facts.by_name for target in self._open)
         way = Way.COPY if copy_first else Way.NAME if by_name else Way.READ
+        self.earlier = self.looks.rest.document or await self._retried()
         try:
             if each:
                 how = origin, self.staging, self.cancelled, way, by_name or copy_first, len(self._open)
                 self.studies = await self._readable(studies_of, paths, Each(each), patterns(exclude), *how)
+                self.studies.lack(self.earlier.get("studies", ()), [one.name for one in self._open])
                 return self.ledger.runs.same_dispatch(self.flow_run_id, self.studies.plan)
             paths = await self._readable(deadletters.instead, self.home, self.flow_run_id, paths)
             staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled, way))
@@ -129,6 +133,17 @@ class Dispatch:
             raise await self._stopped_early() from exc
         self.staged = staged
         return self.ledger.runs.same_dispatch(self.flow_run_id, staged.plan)
+
+    async def _retried(self) -> dict[str, Any]:
+        """Return the receipts of a run that is retried; {} if there are none."""
+        if not has_run_before():
+            return {}
+
+        async def read() -> dict[str, Any] | None:
+            async with get_client() as client:
+                return await rest.receipts(client, self.home, self.flow_run_id)
+
+        return await patiently(read) or {}
 
     async def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
         if self.paused.is_set():
@@ -170,7 +185,9 @@ class Dispatch:
     def _delivery(self, target: Target, plan: Plan, force: bool) -> Delivery:
         driver, where, paused = DRIVERS.of(target), (self.ledger, self.home, self.cancelled), self.paused
         if self.studies is None:
-            return Delivery(driver, target, plan, *where, paused=paused, force=force)
+            delivery = Delivery(driver, target, plan, *where, paused=paused, force=force)
+            reject_gone(delivery, self.earlier.get("targets", {}).get(target.name))
+            return delivery
         self.studies.plan, run = plan, (self.flow_run_id, self.who, self.looks.rest.studies(target.name))
         return Flood(driver, target, self.studies, *where, *run, paused=paused, force=force)
 

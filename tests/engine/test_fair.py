@@ -209,6 +209,41 @@ def test_a_run_comes_back_for_the_dead_target_alone_and_reads_nothing_for_it(up:
         assert ledger.rests.of(run) is None
 
 
+def test_what_goes_from_its_source_while_a_run_waits_is_rejected_by_name(up: Talaria, tmp_path: Path) -> None:
+    """Seen: what had vanished meanwhile was in no receipt any more, and the run was Completed."""
+    studies.ct(tmp_path / "study", 3)
+    for name in "abc":
+        studies.ct(tmp_path / "many" / name, 2)
+    beside = {"beside": folder(tmp_path / "beside")}
+    up.apply(**beside, pacs=dead(1))
+    runs = [send(up, tmp_path / "study", "pacs,beside"), send(up, tmp_path / "many", "pacs,beside", "--each", "folder")]
+    for run in runs:
+        up.until(lambda run=run: rests(up, run, 1))  # type: ignore[misc]
+    assert len(files(tmp_path / "beside")) == 9
+    (tmp_path / "study" / "CT0002.dcm").unlink()
+    shutil.rmtree(tmp_path / "many" / "b")
+    with storescp(tmp_path / "pacs") as pacs:
+        up.apply(**beside, pacs=dead(pacs.port, aet_target="STORESCP"))
+        for run in runs:
+            go_on(up, run)
+            up.until(lambda run=run: up.run(run)["state"]["type"] == "FAILED")  # type: ignore[misc]
+        one, many = (up.told("jobs", "show", run) for run in runs)
+        assert len(pacs.names()) == 2 + 4
+        (lost,) = one["targets"]["pacs"]["items"]
+        assert (lost["path"], lost["outcome"]) == ("CT0002.dcm", "rejected") and "not there any more" in lost["detail"]
+        assert [target["state"] for target in one["targets"].values()] == ["partial", "delivered"]
+        rows = {row["study"]: row["targets"] for row in many["studies"]}
+        states = {name: row["pacs"]["state"] for name, row in rows.items()}
+        assert states == {"a": "delivered", "b": "failed", "c": "delivered"}
+        assert "not there any more" in rows["b"]["pacs"]["error"]
+        assert many["targets"]["beside"]["delivered"] == 6 and rows["b"]["beside"]["state"] == "delivered"
+        again = up.told("jobs", "retry", runs[1], code=1)  # nor does a retry pass it over
+        rows = {row["study"]: row["targets"] for row in again["studies"]}
+        assert rows["b"]["pacs"]["state"] == "failed" and rows["b"]["beside"]["state"] == "delivered"
+        shutil.copytree(tmp_path / "many" / "a", tmp_path / "many" / "b")
+        assert up.told("jobs", "retry", runs[1])["state"] == "delivered"
+
+
 def test_a_target_that_stays_busy_is_asked_again_without_reading_the_files(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 2)
     later = Reply(503, headers={"Retry-After": "3600"})

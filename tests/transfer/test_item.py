@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from imaging.header import Header
 from talaria.testing import studies
-from transfer.item import Item
+from transfer.item import Item, path_of
 from transfer.plan import scan
 
 WORDS = ("1.2.840.10008.1.2", "1.2.3", "1.2.3.4", 300)
@@ -108,3 +108,13 @@ def test_it_is_small() -> None:
     uid = "1.2.826.0.1.3680043.8.498.123456789012345678901234567890"
     one = item(header=Header.of("1.2", uid, *WORDS))
     assert sys.getsizeof(one) + sys.getsizeof(one._own) < 180
+
+
+@example(b"raw\xff\x80")
+@example(b"a\\b\\x41\\\\n")
+@example(b"a\nb\tc\rd\x01\x7f")
+@example("\xa0\x85\u2028\U000e0001'\"".encode())
+@given(st.binary(min_size=1, max_size=8).filter(lambda data: b"\0" not in data) | st.text(max_size=8).map(str.encode))
+def test_a_path_is_known_by_what_is_shown_of_it(data: bytes) -> None:
+    path = os.fsdecode(data)
+    assert path_of(Item(path, 0, 0).shown) == path
