@@ -25,7 +25,7 @@ from tasks.retrieve.ending import mark_ended, numbers_of
 from tasks.retrieve.job import Job, folder_of
 from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
-from tasks.sources.elsewhere import lent_units
+from tasks.sources.elsewhere import lent_studies, lent_units
 from tasks.targets import check_destination, load
 from transfer import deadletters, shared
 from transfer.errors import Misconfigured, NotFound
@@ -118,6 +118,7 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
     flow_run = await found(office, job, kinds)
     run_id = str(flow_run.id)
     if only:
+        only = split(only)[1]
         targets = [split(name)[1] for name in flow_run.parameters.get("targets", ())]
         if runs.kind_of(flow_run) != "dispatch" or only not in targets:
             raise Misconfigured(f"{only} is not one of the targets of {run_id}: {', '.join(targets)}")
@@ -160,6 +161,9 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     elif asked.get("each") == Each.UNIT:
         units = [str(row["study"]) for row in (await result(office, flow_run)).get("studies", ())]
         asked["paths"] = await lent_units(office.client, office.home, asked["paths"], units)
+    elif (each := asked.get("each")) and (rows := (await result(office, flow_run)).get("studies")):
+        what = asked["paths"], Each(each), asked.get("exclude", ""), [str(row["study"]) for row in rows]
+        asked |= {"paths": await asyncio.to_thread(lent_studies, office.home, *what), "each": str(Each.UNIT)}
     else:
         asked["paths"] = await asyncio.to_thread(deadletters.lend, office.home, str(flow_run.id), asked["paths"])
     return await create_dispatch(office, targets=to, host=host, **asked)

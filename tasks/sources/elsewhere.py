@@ -1,6 +1,7 @@
-"""What a source has dispatched, to be sent elsewhere: a list of the same units as they are now.
+"""What was dispatched as many studies, to be sent elsewhere: a list of the same ones as they are now.
 
-The list that a sweep has made goes when its units are settled, and what a listener has received goes then, too.
+The list that a sweep has made goes when its units are settled, and what a listener has received goes then, too. A
+folder of studies may have others by now.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from transfer import unitlist
 from transfer.beneath import resolved
 from transfer.deadletters import Lent, read_by
 from transfer.errors import NotFound
+from transfer.globs import patterns
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.studies import Each, FloodStudy, listed
 from transfer.unitlist import ListedUnit
 
 LIST = "units.jsonl"
@@ -47,6 +50,37 @@ async def lent_units(client: PrefectClient, home: Home, paths: Sequence[str], ke
             name = unitlist.source_of(one)
             (sources[name],) = await KEPT.load(client, [name], secrets=False)
     return await asyncio.to_thread(_lent, home, lists, sources, keys)
+
+
+def lent_studies(home: Home, paths: Sequence[str], each: Each, exclude: str, names: Sequence[str]) -> list[str]:
+    """Return the list to read instead of a folder of studies, or another list, that a flood was made of.
+
+    Args:
+        names: of the studies that were dispatched; those that are there no more are listed all the same, so that the
+            dispatch says so of each.
+
+    Raises:
+        NotFound, Denied, Misconfigured: as `listed` does.
+    """
+    found = {study.name: study for study in listed(paths, each, patterns(exclude))}
+    with Lent(home) as lent:
+        writer = unitlist.Writer(lent.make() / LIST)
+        try:
+            for name in names:
+                writer.add(_listed(name, found.get(name), paths[0]))
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        return [str(writer.path)]
+
+
+def _listed(name: str, study: FloodStudy | None, folder: str) -> ListedUnit:
+    if study is None:
+        return ListedUnit(name, (os.path.join(folder, name),), resolved(folder))
+    # What leads out of its folder stays refused.
+    within = resolved(Path(study.paths[0]).parent) if study.problem else study.within
+    return ListedUnit(name, study.paths, within)
 
 
 def _lent(home: Home, lists: Sequence[Path], sources: dict[str, Source], keys: Sequence[str]) -> list[str]:

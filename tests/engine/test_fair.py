@@ -237,7 +237,14 @@ def test_what_goes_from_its_source_while_a_run_waits_is_rejected_by_name(up: Tal
         assert states == {"a": "delivered", "b": "failed", "c": "delivered"}
         assert "not there any more" in rows["b"]["pacs"]["error"]
         assert many["targets"]["beside"]["delivered"] == 6 and rows["b"]["beside"]["state"] == "delivered"
-        again = up.told("jobs", "retry", runs[1], code=1)  # nor does a retry pass it over
+        up.apply(**beside, other=folder(tmp_path / "other"), pacs=dead(pacs.port, aet_target="STORESCP"))
+        sent = up.told("jobs", "send", runs[1], "--to", "other", code=1)
+        assert {row["study"]: row["state"] for row in sent["studies"]} == {
+            "a": "delivered",
+            "b": "failed",
+            "c": "delivered",
+        }
+        again = up.told("jobs", "retry", runs[1], "--only", "dicom/pacs", code=1)  # nor does a retry pass it over
         rows = {row["study"]: row["targets"] for row in again["studies"]}
         assert rows["b"]["pacs"]["state"] == "failed" and rows["b"]["beside"]["state"] == "delivered"
         shutil.copytree(tmp_path / "many" / "a", tmp_path / "many" / "b")

@@ -12,10 +12,10 @@ import pytest
 from blocks import SOURCES
 from talaria.testing import studies
 from tasks.sources import elsewhere
-from tasks.sources.elsewhere import lent_units
+from tasks.sources.elsewhere import lent_studies, lent_units
 from transfer import unitlist
 from transfer.deadletters import clear, read_by
-from transfer.errors import NotFound
+from transfer.errors import NotFound, Rejected
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin
@@ -79,3 +79,25 @@ def test_units_whose_list_is_gone_are_those_of_the_source_now(
     shutil.rmtree(Path(mine).parents[1])
     with pytest.raises(NotFound, match="send the dispatch that it was sent from"):
         lent(home, Path(mine), "a")
+
+
+def test_studies_of_a_flood_are_those_that_it_had(home: Home, tmp_path: Path) -> None:
+    """Seen: one that had gone was left out in silence, and those that had come since were sent, too."""
+    many = tmp_path / "many"
+    for name in ("a", "gone", "later"):
+        studies.ct(many / name, 1)
+    studies.ct(many, 1)
+    studies.ct(tmp_path / "elsewhere", 1)
+    (many / "link").symlink_to(tmp_path / "elsewhere")
+    before = {one.name: one for one in listed([many], Each.FOLDER)}
+    names = [name for name in before if name != "later"]
+    shutil.rmtree(many / "gone")
+    paths = lent_studies(home, [str(many)], Each.FOLDER, "", names)
+    found = {one.name: one for one in listed(paths, Each.UNIT)}
+    assert list(found) == names and names[-1] == "many/*"
+    for name in ("a", "many/*"):
+        assert found[name].read((), Origin()).dispatch_id == before[name].read((), Origin()).dispatch_id
+    with pytest.raises(NotFound, match="no such file or folder"):
+        found["gone"].read((), Origin())
+    with pytest.raises(Rejected, match="leads out"):
+        found["link"].read((), Origin())
