@@ -8,6 +8,7 @@ Sources: PS3.5 sections 6.1.2 (character sets), 6.2 (value representations) and 
 from __future__ import annotations
 
 import functools
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,6 +35,9 @@ _ITEM_END, _SEQUENCE_END = 0xFFFEE00D, 0xFFFEE0DD
 # Latin-1 and UTF-8 are what archives answer in, whatever they say that it is.
 _MISTAKEN = frozenset((b"", b"ISO_IR 6", b"ISO_IR 100", b"ISO 2022 IR 6", b"ISO 2022 IR 100"))
 
+_ASCII = b"\x1b(B"
+_CHANGE = re.compile(rb"\x1b(?:\(B|\$B)")  # of what bytes below 0x80 are: ASCII, or JIS X 0208
+
 # What a query may be written in, in the order in which it is tried: terms as in PS3.3 section C.12.1.1.2, and Python's
 # codecs, which for code extensions (PS3.5 section 6.1.2.5) say what there is beside ASCII.
 ENCODINGS = {
@@ -42,6 +46,7 @@ ENCODINGS = {
     "\\ISO 2022 IR 87": "iso2022_jp",
     "\\ISO 2022 IR 149": "euc_kr",
     "GB18030": "gb18030",
+    "ISO_IR 13": "shift_jis",  # of whose letters those of a single byte alone are meant
     "ISO_IR 144": "iso8859-5",
     "ISO_IR 126": "iso8859-7",
     "ISO_IR 101": "iso8859-2",
@@ -71,10 +76,27 @@ def _encoded(value: str, vr: str, charset: str) -> bytes:
     if vr not in _TEXT or value.isascii():
         return value.encode("ascii")
     raw = value.encode(ENCODINGS[charset])  # also shows whether it can be
+    if charset == "ISO_IR 13" and len(raw) > len(value):
+        raise ValueError("not all letters are in JIS X 0201")
     if "2022" not in charset:
         return raw
     python = convert_encodings(charset.split("\\"))
-    return PersonName(value).encode(tuple(python)) if vr == "PN" else encode_string(value, python)
+    return _plainly(PersonName(value).encode(tuple(python)) if vr == "PN" else encode_string(value, python))
+
+
+def _plainly(raw: bytes) -> bytes:
+    """Return a value without changes to ASCII where that holds already, which peers that compare bytes look for.
+
+    So pydicom begins each value that has ASCII before other letters, as `*` is in a pattern.
+    """
+    now = _ASCII
+
+    def kept(found: re.Match[bytes]) -> bytes:
+        nonlocal now
+        before, now = now, found[0]
+        return b"" if before == now == _ASCII else now
+
+    return _CHANGE.sub(kept, raw)
 
 
 def built(keys: Mapping[str, str], charset: str, syntax: str) -> bytes:

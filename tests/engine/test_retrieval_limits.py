@@ -479,7 +479,7 @@ def test_a_full_disk_ends_the_fetching_at_once_and_a_retry_goes_on_there(
         assert stages(one) == dict.fromkeys(("S1", "S2"), Stage.DELIVERED) | dict.fromkeys(("S3", "S4"), Stage.FOUND)
         assert one.job.ended and "No space left on device: make room" in one.job.error
         asked = len(peer.asked(GET))
-        assert asked in (3, 4)  # twice for the third study, if another was still being moved
+        assert 3 <= asked <= 5  # once more for the third study for each other that was still being moved
         for name in ("S1", "S2"):
             shutil.rmtree(into / name)
         again = made(peer, numbers="S1 S2 S3 S4", **wish)

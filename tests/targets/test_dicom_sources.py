@@ -88,6 +88,34 @@ def test_searches_of_dcmqrscp(folder: Path, tmp_path: Path) -> None:
         assert set(datasets(tmp_path / "in")) == {f"{wanted.uid}.1"}
 
 
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        ("\\ISO 2022 IR 87", "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("ISO_IR 13", "ﾔﾏﾀﾞ^ﾀﾛｳ"),
+        ("\\ISO 2022 IR 149", "Hong^Gildong=洪^吉洞=홍^길동"),
+        ("GB18030", "Wang^XiaoDong=王^小东"),
+        ("ISO_IR 100", "Müller^Jörg"),
+    ],
+)
+def test_names_are_found_by_any_of_their_forms_where_bytes_are_compared(
+    charset: str, name: str, names_at_dcmqrscp: DicomTarget, tmp_path: Path
+) -> None:
+    files = [studies.encoded(studies.dataset(SpecificCharacterSet=charset, PatientName=name, AccessionNumber=name[:6]))]
+    store(tmp_path, files, names_at_dcmqrscp.port, names_at_dcmqrscp.aet_target)
+    for part in [form.partition("^")[0] for form in name.split("=")]:
+        for pattern in (f"{part}*", f"*{part}*"):
+            found = [match.attributes["PatientName"] for match in find(names_at_dcmqrscp, Query(PatientName=pattern))]
+            assert name in found, pattern
+
+
+@pytest.fixture(scope="module")
+def names_at_dcmqrscp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DicomTarget]:
+    """A server that takes a name for bytes."""
+    with dcmqrscp(tmp_path_factory.mktemp("names") / "qr") as server:
+        yield dicom_target(server.port, aet_target=server.aet, direction="query", idle_timeout_s=30)
+
+
 def test_searches_of_orthanc(folder: Path, tmp_path: Path) -> None:
     with orthanc(tmp_path / "orthanc", settings={"DefaultEncoding": "Utf8"}) as server:
         target = dicom_target(server.dicom_port, aet_target=server.aet, direction="both", idle_timeout_s=60)
