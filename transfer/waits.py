@@ -117,6 +117,15 @@ class Waits:
             self._db.execute("DELETE FROM trials WHERE target=?", (target,))
         return found if gone else None
 
+    def due(self, target: str) -> None:
+        """Let a target that does not answer, and its nodes, be tested now, unless a run just tries a push."""
+        node, now = f"{target}{AT}", self._db.time()
+        self._db.execute(
+            "UPDATE breakers SET until=? WHERE (target=? OR substr(target, 1, ?)=?) AND opened>0 AND until>?"
+            " AND target NOT IN (SELECT target FROM trials WHERE run<>'')",
+            (now, target, len(node), node, now),
+        )
+
     def forget(self, target: str) -> None:
         """Forget what is known of a target that is gone, and of its nodes: another one may get its name."""
         node, where = f"{target}{AT}", "target=? OR substr(target, 1, ?)=?"

@@ -17,7 +17,7 @@ from talaria.engine import hosts, recovery, runs
 from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
 from tasks.crashed import is_over
-from tasks.dispatch import kept, progress, rest, running
+from tasks.dispatch import breaker, kept, progress, rest, running
 from tasks.dispatch.asked import check_asked
 from tasks.dispatch.audited import requester
 from tasks.names import split
@@ -125,7 +125,7 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
     if flow_run.state and flow_run.state.is_final():
         if only and await rest.receipts(office.client, office.home, run_id) is None:
             raise Misconfigured(f"the receipts of {run_id} are not there any more: retry all of it")
-        await asyncio.to_thread(_begin_anew, office, run_id)
+        await asyncio.to_thread(_begin_anew, office, run_id, _reached(flow_run, only))
         if runs.kind_of(flow_run) == "retrieval":
             await asyncio.to_thread(mark_ended, office.home, run_id)
         if only or flow_run.labels.get(rest.ONLY):  # to whichever host runs it
@@ -133,9 +133,16 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
     return await _done(office, await runs.retry(office.client, flow_run.id), "retry", "queued")
 
 
-def _begin_anew(office: Office, run_id: str) -> None:
+def _reached(flow_run: FlowRun, only: str) -> list[str]:
+    """Return the targets that a retry of a job asks something of."""
+    asked = flow_run.parameters
+    return [only] if only else [name for name in (asked.get("source"), *asked.get("targets", ())) if name]
+
+
+def _begin_anew(office: Office, run_id: str, targets: list[str]) -> None:
     with Ledger(office.home.ledger) as ledger:
         rest.forget(ledger, run_id)
+        breaker.look_now(ledger, targets)
 
 
 async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from talaria.engine import batches
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
 from talaria.targetfile import action_for, all_values_of, differing, entry, values_of
+from tasks.dispatch import breaker
 from tasks.documents import Broken
 from tasks.names import pick, split, type_of
 from tasks.sources import belonging, checks, units
@@ -303,9 +304,15 @@ async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, A
         return book.forget(source.name, chosen)
 
     count = await asyncio.to_thread(_read, office, forget)
+    await asyncio.to_thread(_look_now, office, source)
     if source.enabled:
         await batches.start(office.client, source.name, office.user)
     return {"name": source.name, "action": f"{count} {'unit is' if count == 1 else 'units are'} dispatched again"}
+
+
+def _look_now(office: Office, source: Source) -> None:
+    with Ledger(office.home.ledger) as ledger:
+        breaker.look_now(ledger, source.reaches)
 
 
 async def test_source(office: Office, name: str) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from blocks.base import Target
 from tasks.dispatch import line
 from tasks.happened import target_stands
+from tasks.names import split
 from transfer.database import LOST
 from transfer.errors import DispatchError, TimedOut, Unreachable
 from transfer.home import Home
@@ -107,6 +108,16 @@ def reached(ledger: Ledger, target: Target, run: str = "") -> None:
             line.wake(ledger, queue(target))
     except LOST as exc:
         logger.warning("that %s can be reached can't be noted: %s", known_as(target), exc)
+
+
+def look_now(ledger: Ledger, names: Iterable[str]) -> None:
+    """Let the next run test targets that do not answer: whoever has a dispatch retried knows that they are back.
+
+    Args:
+        names: of targets, as a run is given them.
+    """
+    for name in names:
+        ledger.waits.due(split(name)[1])
 
 
 def every_of(home: Home, targets: list[Target]) -> dict[str, Breaker]:

@@ -174,6 +174,27 @@ def test_each_node_that_a_target_sends_back_to_has_a_breaker_of_its_own(hosts: A
     assert not breaker.read(one, off).failures
 
 
+def test_who_has_a_dispatch_retried_has_its_targets_tested_at_once(hosts: Any, request: Any) -> None:
+    (_, one), (_, other) = hosts
+    slow = {"host": "sender", "port": 104, "aet_target": "WS", "retry_delay_s": 200, "retry_max_delay_s": 300}
+    back = DicomTarget(**slow).named(f"again-{abs(hash(request.node.name))}")
+    node, beside = back.at(Origin("", "", "10.0.0.1")), back.model_copy().named(f"{back.name}x")
+    for target in (back, node, beside):
+        for _ in range(breaker.LIMIT):
+            breaker.failed(one, target, Unreachable("no route"), "no route")
+        assert breaker.read(one, target).until > one.now() + 100
+    breaker.look_now(other, [f"dicom/{back.name}"])
+    for target in (back, node):
+        found = breaker.read(one, target)
+        assert found.opened and found.until <= one.now(), "it is open, and to be tested"
+    assert breaker.read(one, beside).until > one.now() + 100
+    breaker.failed(one, back, TimedOut("silent"), "silent", pushed=True)
+    breaker.reached(one, back, "run")  # it is just pushed to, which others wait for
+    until = breaker.read(one, back).until
+    breaker.look_now(other, [back.name])
+    assert breaker.read(one, back).until == until > one.now()
+
+
 def test_failures_at_the_same_moment_all_count_and_one_of_them_opens_it(hosts: Any, target: FolderTarget) -> None:
     (_, one), (_, other) = hosts
     with ThreadPoolExecutor(8) as pool:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import pytest
 
 from talaria.testing import studies
@@ -156,6 +157,22 @@ def test_what_rests_unread_counts_its_attempts_and_ends_with_its_files_kept(up: 
     shown = up.told("jobs", "show", run)["targets"]["mute"]
     assert (shown["state"], shown["attempts"], shown["unsent"]) == ("failed", 2, 2) and shown["error"]
     assert (up.home / "failed" / run).exists() and not staged(up, run)
+
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        known = ledger.waits.breaker("mute")
+    assert known and known.until > known.tested + 100
+    # Whoever has it retried knows more than the breaker, which would wait for minutes.
+    headers = {"Authorization": f"Bearer {(up.home / 'api.auth').read_text().strip()}"}
+    url = f"http://127.0.0.1:{up.port}/talaria/api/v1/jobs/{run}/retry"
+    httpx.post(url, headers=headers, trust_env=False, timeout=60).raise_for_status()
+
+    def is_tested() -> bool:
+        with Ledger(up.home / "ledger.sqlite") as ledger:
+            one = ledger.waits.breaker("mute")
+        return one is not None and one.tested > known.tested
+
+    up.until(is_tested)
+    up.here("jobs", "cancel", run)
 
 
 def test_a_closed_window_is_waited_for_without_reading_the_files(up: Talaria, tmp_path: Path) -> None:
