@@ -70,7 +70,7 @@ def put(up: Talaria, run_id: str, name: str) -> None:
 
 
 def is_at_rest(up: Talaria, run_id: str) -> bool:
-    return not (up.home / "staging" / run_id).exists()
+    return not [*(up.home / "staging").glob(f"{run_id}*")]
 
 
 def named(up: Talaria, run_id: str) -> str:
