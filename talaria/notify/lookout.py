@@ -1,4 +1,5 @@
-"""Looks for what nobody reports by itself: dispatches that are late, sweeps that nobody begins, certificates, disks.
+"""Looks for what nobody reports by itself: late dispatches, sweeps that nobody begins, certificates, disks, dead
+targets that are back.
 
 Only for rules that hear of it. What is seen by several hosts, or again, happens once.
 """
@@ -30,6 +31,7 @@ from blocks import Source, Target
 from blocks.rule import Rule, RuleEvent
 from talaria.engine import runs
 from talaria.metrics import certificates, disks, peers
+from talaria.notify import dead
 from tasks.checking import last_checks
 from tasks.dispatch import rest, running
 from tasks.dispatch.hours import off_peak
@@ -65,10 +67,12 @@ async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterabl
         await _late(client, ledger, {rule.late_s for rule in at_work if RuleEvent.LATE in rule.on})
     if RuleEvent.STUCK in heard:
         await _say_unswept(client, ledger)
-    if not heard & {RuleEvent.CERTIFICATE, RuleEvent.DISK}:
+    if not heard & {RuleEvent.UP, RuleEvent.CERTIFICATE, RuleEvent.DISK}:
         return
     saved = await all_targets(client)
     targets = [one for one in saved if isinstance(one, Target)]
+    if RuleEvent.UP in heard:
+        await dead.ask_again(client, home, ledger, targets)
     if RuleEvent.CERTIFICATE in heard:
         checks = await last_checks(client, saved)
         sources = [one for one in await KEPT.all(client) if isinstance(one, Source)]

@@ -351,7 +351,8 @@ class Sweep:
             # Their rows keep it from being said again, until what is wrong has passed, and comes back; those of the
             # future are saved more than once.
             mark = rows[0].fingerprint
-            self._stuck(f"{len(rows)} units are held: {why}", mark if mark.endswith(AHEAD) else "", rows)
+            count = "1 unit is" if len(rows) == 1 else f"{len(rows)} units are"
+            self._stuck(f"{count} held: {why}", mark if mark.endswith(AHEAD) else "", rows)
             self.book.save(source.name, rows)
             self.done.counts[UnitState.HELD] += len(rows)
         self._tidy(known, seen, now)

@@ -1,4 +1,6 @@
-"""Since when a dispatch is late: since somebody has asked for it, the last time. And which sweeps nobody begins."""
+"""Since when a dispatch is late: since somebody has asked for it, the last time. And which sweeps nobody begins, and
+which dead targets are back.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,15 @@ import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, Pending, Running, Scheduled
 
-from talaria.notify import lookout
+from blocks.dicom import DicomTarget
+from talaria.notify import dead, lookout
 from talaria.notify.lookout import asked_for, late_from
-from tasks.dispatch import rest
+from talaria.testing.process import free_port, until
+from tasks.dispatch import breaker, rest
 from tasks.dispatch.running import PAUSED
+from tests.servers.scp import scp
+from transfer.errors import TimedOut, Unreachable
+from transfer.home import Home
 from transfer.ledger import Ledger
 
 T = datetime(2026, 11, 29, 8, tzinfo=UTC)
@@ -115,3 +122,41 @@ def test_a_sweep_that_no_worker_begins_is_told_once(tmp_path: Path, monkeypatch:
         runs.clear()
         said()
         assert lookout._unswept == {}
+
+
+def test_a_dead_target_that_no_run_waits_for_is_asked_whether_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, port = Home(tmp_path / "home"), free_port()
+    home.root.mkdir()
+    pacs, hangs, off = (
+        DicomTarget(host="127.0.0.1", port=port, aet_target="PACS", retry_delay_s=0, enabled=name != "off").named(name)
+        for name in ("pacs", "hangs", "off")
+    )
+
+    async def load(client: Any, names: list[str]) -> list[DicomTarget]:
+        return [one for one in (pacs, hangs, off) if one.name in names]
+
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+    monkeypatch.setattr(dead, "load", load)
+    with Ledger(home.ledger) as ledger:
+        for _ in range(breaker.LIMIT):
+            for one in (pacs, off):
+                breaker.failed(ledger, one, Unreachable("gone", one.name), "gone")
+            breaker.failed(ledger, hangs, TimedOut("silent", hangs.name), "silent", pushed=True)
+
+        def said() -> list[tuple[str, str]]:
+            return [(one.event, one.about["target"]) for one in ledger.happenings.waiting(10)]
+
+        down = {("target.down", name) for name in ("pacs", "hangs", "off")}
+        until(lambda: dead._due(ledger, [pacs, hangs]) == ["pacs"])  # a check of one that hangs in pushes says nothing
+        dead.ask(home, ledger, [pacs])
+        assert set(said()) == down
+        with scp(port=port, aet="PACS"):
+
+            def is_back() -> bool:
+                asyncio.run(dead.ask_again(cast("Any", None), home, ledger, [pacs, hangs, off]))
+                return len(said()) > len(down)
+
+            until(is_back)
+        assert set(said()) - down == {("target.up", "pacs")}
