@@ -87,10 +87,10 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
     return taken
 
 
-async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: list[FlowRun]) -> list[str]:
-    """Put runs back into the queue that are Pending, and that no process has, whatever the ledger knows of them.
+async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, begun: list[FlowRun]) -> list[str]:
+    """Put runs back into the queue that are Pending or Running, and that no process has, whatever the ledger knows.
 
-    Nothing was sent for them since: whoever begins them next, nothing goes out twice.
+    Nothing was sent for them since: whoever begins them next, nothing goes out twice. Somebody has set that by hand.
 
     Returns:
         The ids of the runs that were taken up.
@@ -98,7 +98,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
     from talaria.engine.registry import workers  # imports every driver, and every command imports this module
 
     late = datetime.now(UTC).timestamp() - ABANDONED_S
-    old = [(one, one.state) for one in pending if one.state and one.state.timestamp.timestamp() < late]
+    old = [(one, one.state) for one in begun if one.state and one.state.timestamp.timestamp() < late]
     taken: list[str] = []
     if not old:
         return taken
@@ -106,12 +106,15 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
     others = {worker.name for worker in await workers(client)} - ours
     with locked(home.root / "abandoned.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
         for flow_run, state in old if mine else ():
-            run_id, said = str(flow_run.id), state.message or ""
+            run_id = str(flow_run.id)
             owner = ledger.runs.owner_of(run_id)
             if owner and lease.living(home, ledger)(owner):
                 continue
-            # Where it names nobody, it may be any worker's.
-            if said.removeprefix(TAKEN_BY) in others | ours if said.startswith(TAKEN_BY) else others:
+            taker = await _taker(client, flow_run)
+            # Where nobody is named, it may be any worker's.
+            if taker in others if taker else others:
+                continue
+            if taker in ours if state.is_pending() else taker and not _ended_here(ledger, run_id, taker):
                 continue
             now = (await client.read_flow_run(flow_run.id)).state
             if now is None or now.id != state.id:
@@ -184,15 +187,25 @@ async def elsewhere(client: PrefectClient, flow_run: FlowRun, *, online: bool) -
     Args:
         online: count only one that sends heartbeats.
     """
-    states = [flow_run.state] if flow_run.state and flow_run.state.is_pending() else []
-    states = states or await client.read_flow_run_states(flow_run.id)
-    said = [state.message or "" for state in states if state and (state.message or "").startswith(TAKEN_BY)]
-    name = said[-1].removeprefix(TAKEN_BY) if said else ""
+    name = await _taker(client, flow_run)
     if not name or name.rpartition("-")[0] == host_name():
         return False
     from talaria.engine.registry import workers  # imports every driver, and every command imports this module
 
     return not online or name in {worker.name for worker in await workers(client)}
+
+
+def _ended_here(ledger: Ledger, run_id: str, taker: str) -> bool:
+    """Return True if a run's last part ended under our ledger, which knows then that nobody is at work on it."""
+    return ledger.runs.is_over(run_id) and (ledger.shared or taker.rpartition("-")[0] == host_name())
+
+
+async def _taker(client: PrefectClient, flow_run: FlowRun) -> str:
+    """Return the name of the process that took a run last; "" if its states name none."""
+    states = [flow_run.state] if flow_run.state and flow_run.state.is_pending() else []
+    states = states or await client.read_flow_run_states(flow_run.id)
+    said = [state.message or "" for state in states if state and (state.message or "").startswith(TAKEN_BY)]
+    return said[-1].removeprefix(TAKEN_BY) if said else ""
 
 
 async def taken_up(client: PrefectClient, pool: str) -> list[str]:

@@ -429,7 +429,7 @@ class Worker:
         await called.look(self.client, self.ledger, self.active, self._has_begun)
         await self._heed(list(self.active))
         await self._parts.look()
-        states = [StateType.CANCELLING, StateType.PENDING]
+        states = [StateType.CANCELLING, StateType.PENDING, StateType.RUNNING]
         found = await self.client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self.pool])),
@@ -438,8 +438,8 @@ class Worker:
         for flow_run in found:
             if flow_run.state and flow_run.state.is_cancelling():
                 await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
-        pending = [flow_run for flow_run in found if flow_run.state and flow_run.state.is_pending()]
-        await abandoned(self.client, self.home, self.ledger, pending)
+        begun = [one for one in found if one.state and (one.state.is_pending() or one.state.is_running())]
+        await abandoned(self.client, self.home, self.ledger, begun)
         await self.due.look_through()
 
     async def _take_over(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs that are Pending and that nobody has: as where a claim was lost, or the state directory is an older copy."""
+"""Runs that are Pending, or Running, and that nobody has: a claim was lost, or the state directory is an older copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefect.states import Pending, Running
 
 from talaria.engine import lanes
 from talaria.engine.recovery import ABANDONED_S, TAKEN_BY, abandoned
-from transfer.home import Home
+from transfer.home import Home, host_name
 from transfer.ledger import Ledger
 
 OLD = timedelta(seconds=ABANDONED_S + 1)
@@ -27,10 +27,14 @@ OLD = timedelta(seconds=ABANDONED_S + 1)
 class Server:
     """One run and the workers that are online."""
 
-    def __init__(self, message: str = "", age: timedelta = OLD, online: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, message: str = "", age: timedelta = OLD, online: tuple[str, ...] = (), *, running: bool = False
+    ) -> None:
         self.state: State[Any] = Pending(message=message, timestamp=datetime.now(UTC) - age)
+        self.history = [self.state]
+        if running:
+            self.state = Running(timestamp=datetime.now(UTC) - age)
         self.id, self.online = uuid4(), online
-        self.history = list[State[Any]]()
         self.change: State[Any] | None = None  # somebody sets it meanwhile
 
     @property
@@ -110,6 +114,29 @@ def test_a_run_that_has_just_been_taken_or_goes_on_stays(home: Home) -> None:
     with home.owner("ours-3") as owner:
         assert look(Server(), home, owner) == []
     assert look(dead := Server(), home, owner) == [str(dead.id)]  # its owner has ended
+
+
+@pytest.mark.parametrize(
+    ("taker", "ended", "online", "taken"),
+    [
+        (f"{host_name()}-1", True, (), True),  # it rested when somebody set that
+        ("", False, (), True),  # it had not begun
+        ("", False, ("other-2",), False),
+        ("other-2", True, ("other-2",), False),
+        ("other-2", False, (), False),  # another host's, whose ledger knows what it has sent
+        (f"{host_name()}-1", False, (), False),  # of another state directory
+    ],
+)
+def test_what_somebody_has_set_to_running_and_nobody_runs_is_taken_up(
+    home: Home, taker: str, ended: bool, online: tuple[str, ...], taken: bool
+) -> None:
+    server = Server(f"{TAKEN_BY}{taker}" if taker else "", online=online, running=True)
+    if ended:
+        with Ledger(home.ledger) as ledger:
+            ledger.runs.begins(str(server.id), "gone")
+            ledger.runs.ends(str(server.id))
+    assert look(server, home) == ([str(server.id)] if taken else [])
+    assert server.state.is_running() is not taken
 
 
 def test_two_look_at_once_and_one_takes_up(home: Home) -> None:
