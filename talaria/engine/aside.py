@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -14,12 +16,13 @@ from weakref import WeakValueDictionary
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry
 
 from talaria.engine import called, hosts
 from talaria.engine.due import come
 from talaria.engine.watch import StateChange
-from tasks.dispatch import asked, waiting
+from tasks.dispatch import asked, breaker, running, tested, waiting
 from tasks.dispatch.waiting import UnreadRest
 from transfer import silent
 from transfer.home import Home
@@ -56,10 +59,18 @@ class Aside:
         """Return what lets a run rest; None if it has to begin, and needs a place for that.
 
         Those whose files lie in one place are looked at one after another; a share that is silent holds up its own.
+        A target that has failed lately is tested first, without a place, too.
         """
         where = frozenset(silent.place(str(path)) for path in flow_run.parameters["paths"])
+        run_id, what = str(flow_run.id), (self.client, self.home, self.ledger, flow_run.parameters)
         async with self._turns.setdefault(where, asyncio.Lock()):
-            return await waiting.ahead(self.client, self.home, self.ledger, flow_run.parameters, str(flow_run.id))
+            rests = await waiting.ahead(*what, run_id, tests=True)
+        if rests is None or not rests.tests:
+            return rests
+        stops, logger = partial(running.asked, run_id), flow_run_logger(flow_run)
+        if not await tested.fails(self.home, self.ledger, rests, run_id, stops, logger):
+            return None
+        return replace(rests, breakers=await asyncio.to_thread(breaker.every, self.ledger, [*rests.targets]))
 
     async def rest(self, flow_run: FlowRun, rests: UnreadRest) -> State[Any]:
         """Let a run of ours rest; return the state that it has then, which somebody else may have set."""

@@ -15,13 +15,10 @@ from prefect import get_client
 from prefect.logging import get_run_logger
 
 from blocks.base import Target
-from tasks import DRIVERS
-from tasks.dispatch import breaker, line, rest, waiting
+from tasks.dispatch import breaker, line, rest, tested, waiting
 from tasks.dispatch.patience import patiently
-from tasks.dispatch.push import delay_before
 from tasks.dispatch.rest import Left, Rest, Wait
 from tasks.dispatch.slots import NoSlot, slots
-from tasks.quiet import Quiet
 from transfer.errors import Busy, DiskFull, DispatchError, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -152,7 +149,8 @@ class Looks:
                     error = await self._tested(target)
             finally:
                 self.ledger.waits.leave(queue, self.in_line)
-                line.wake(self.ledger, queue)
+                if not breaker.read(self.ledger, target).opened:  # else all know what they wait for
+                    line.wake(self.ledger, queue)
         del self.waits[name]
         if one.opened:
             return await self._is_dead(target, one)
@@ -161,29 +159,15 @@ class Looks:
         return error is not None
 
     async def _tested(self, target: Target) -> DispatchError | None:
-        """Test a target; return the error that keeps it from being reached, None if a push may do better."""
-        try:
-            error = (await asyncio.to_thread(DRIVERS.of(target).check, target)).error
-        except DispatchError as exc:
-            error = exc
-        if not isinstance(error, breaker.DEAD):
-            await asyncio.to_thread(breaker.reached, self.ledger, target, self.flow_run_id)
-            return error if isinstance(error, Busy) else None
-        words = Quiet(target).text(error.message)
-        await asyncio.to_thread(breaker.failed, self.ledger, target, error, words)
-        return error
+        return await tested.tested(self.ledger, target, self.flow_run_id)
 
     def _count(self, target: Target, error: DispatchError) -> None:
         """Count a test as a failed attempt, without files."""
         left = self.left(target)
-        left.attempts, left.futile, left.tried = left.attempts + 1, left.futile + 1, self.ledger.now()
-        left.error, words = type(error).__name__, " ".join(Quiet(target).text(error.message).split())
-        possible = left.attempts - left.futile + target.max_attempts
-        left.failures.append(f"attempt {left.attempts} of {possible} failed: {words}")
+        words = tested.count(self.ledger, target, left, error)
         get_run_logger().warning("%s: %s", target.name, left.failures[-1])
         self.failed[target.name] = words, left.futile >= target.max_attempts
         if left.futile < target.max_attempts:
-            left.again = time.time() + delay_before(left.futile + 1, target, error)
             self.waits[target.name] = rest.next_attempt(target.name, left.again)
 
     def stand_in_line(self, target: Target) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -205,6 +206,11 @@ def untried(ledger: Ledger) -> set[str]:
     return dead | lines | {*line.disabled(lines)}
 
 
+def doubtful(ledger: Ledger) -> set[str]:
+    """Return the names of the targets that have failed lately, and may answer the next time."""
+    return {name for name, one in ledger.waits.breakers().items() if one.failures and not one.opened}
+
+
 def may_rest(asked: Mapping[str, Any], known: Collection[str]) -> bool:
     """Return True for the parameters of a dispatch of one study to such targets alone, as far as names say that."""
     names, paths = asked.get("targets"), asked.get("paths")
@@ -216,13 +222,15 @@ def may_rest(asked: Mapping[str, Any], known: Collection[str]) -> bool:
 def may_wait(ledger: Ledger, found: Sequence[FlowRun]) -> list[FlowRun]:
     """Return those of some runs that have never begun, to targets that can't be tried now, as far as names say that.
 
-    What rests, and is called, is not among them: there may be what it waits for.
+    What rests, and is called, is not among them: there may be what it waits for. If its target has failed meanwhile, it
+    has to be tested first.
     """
     new = [one for one in found if not one.run_count and not one.labels.get(shown.SHOW_PLAN)]
-    known = untried(ledger) if new else ()
+    failed = doubtful(ledger) if new else set[str]()
+    known = untried(ledger) | failed if new else set[str]()
     new = [one for one in new if may_rest(one.parameters, known)]
     called = {*ledger.waits.unheard(0.0)} if new else ()
-    return [one for one in new if str(one.id) not in called]
+    return [one for one in new if str(one.id) not in called or may_rest(one.parameters, failed)]
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,7 @@ class UnreadRest:
 
     Attributes:
         left: what is known of each target; none for a run that has just come.
+        tests: targets that have failed lately, which it has to test before it may rest.
     """
 
     home: Home
@@ -238,6 +247,7 @@ class UnreadRest:
     breakers: Mapping[str, Breaker]
     priority: str
     left: dict[str, Left]
+    tests: Sequence[Target] = ()
 
     def state(self, ledger: Ledger, run_id: str = "") -> State[Any]:
         """Return the state of a run that waits, and note what for, so that it is called.
@@ -252,20 +262,29 @@ class UnreadRest:
     def _wait(self, ledger: Ledger, target: Target, run_id: str) -> Wait:
         left, one = self.left.setdefault(target.name, Left()), self.breakers[target.name]
         what = ledger, target, run_id, self.priority
+        if left.again > time.time():  # its test was its first attempt
+            return rest.next_attempt(target.name, left.again)
         if not target.enabled:
             return to_be_enabled(*what, left)
         if one.opened:
             left.tried = left.tried or ledger.now()
             return for_an_answer(*what, left, one, breaker.FIRST_S)
-        if one.failures and others_are_to_test(*what, left.since):
+        if one.failures and (target in self.tests or others_are_to_test(*what, left.since)):
             return for_a_test(*what, left)
         return for_a_slot(*what, left)
 
     def is_over(self, ledger: Ledger, run_id: str) -> bool:
         """Return True if a run that has begun to wait may have been called before that: it has to look again."""
         now = breaker.every(ledger, [*self.targets])
-        what = run_id, self.priority
-        return not all(_keeps_waiting(ledger, one, now[one.name], *what, self.left[one.name]) for one in self.targets)
+        return any(self._is_over(ledger, one, now[one.name], run_id) for one in self.targets)
+
+    def _is_over(self, ledger: Ledger, target: Target, now: Breaker, run_id: str) -> bool:
+        left = self.left[target.name]
+        if left.again > time.time():
+            return False
+        if target in self.tests and now.failures:  # whoever tests it calls the first of the line, which it may be
+            return False
+        return not _keeps_waiting(ledger, target, now, run_id, self.priority, left)
 
 
 async def ahead(
@@ -275,6 +294,8 @@ async def ahead(
     asked: Mapping[str, Any],
     run_id: str = "",
     mark: Callable[[], str] | None = None,
+    *,
+    tests: bool = False,
 ) -> UnreadRest | None:
     """Return what lets a run rest that has just come, or comes back; None if it has to begin, if only to be refused.
 
@@ -282,6 +303,7 @@ async def ahead(
         asked: its parameters.
         run_id: "" if it is about to be created.
         mark: as for `loaded`.
+        tests: whether targets can be tested before it rests; else it has to begin for that.
     """
     priority = str(asked.get("priority") or "normal")
     try:
@@ -291,14 +313,23 @@ async def ahead(
             return None
         if not await something_can_be_read([str(one) for one in asked["paths"]], str(asked.get("exclude") or "")):
             return None
-        breakers = breaker.every(ledger, targets)
+        breakers, tested = breaker.every(ledger, targets), list[Target]()
         for target in targets:
-            mine = left.get(target.name, Left())
-            if not _keeps_waiting(ledger, target, breakers[target.name], run_id, priority, mine):
+            one, mine = breakers[target.name], left.get(target.name, Left())
+            if _keeps_waiting(ledger, target, one, run_id, priority, mine):
+                continue
+            # After its last attempt it ends, with receipts: it has to begin for that.
+            if not (tests and _may_be_doubted(target, one, mine) and target.max_attempts > 1):
                 return None
+            tested.append(target)
     except LOST:
         return None
-    return UnreadRest(home, targets, breakers, priority, left)
+    return UnreadRest(home, targets, breakers, priority, left, tested)
+
+
+def _may_be_doubted(target: Target, one: Breaker, left: Left) -> bool:
+    """Return True if a target has failed lately, and a run has not tried it yet."""
+    return target.enabled and bool(one.failures) and not one.opened and not left.attempts
 
 
 def _keeps_waiting(ledger: Ledger, target: Target, one: Breaker, run_id: str, priority: str, left: Left) -> bool:
@@ -310,4 +341,6 @@ def _keeps_waiting(ledger: Ledger, target: Target, one: Breaker, run_id: str, pr
     if one.opened:
         return one.until > ledger.now() and not (left.tried and one.tested > left.tried)
     what = ledger, target, run_id, priority, left.since
-    return bool(one.failures and others_are_to_test(*what)) or others_stand_in_line(*what)
+    if one.failures and others_are_to_test(*what):
+        return True
+    return others_stand_in_line(*what)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +14,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
+from blocks.base import Target
 from blocks.dicom import DicomTarget
 from blocks.folder import FolderTarget
 from talaria.engine.aside import Aside
@@ -149,3 +152,89 @@ def test_what_comes_back_by_its_time_and_can_t_do_anything_needs_no_place(
         assert asyncio.run(aside.chosen(runs)) == {runs[0].id, runs[2].id}
         rest.save(Home(tmp_path), ledger, str(runs[2].id), rest.Rest(document={"dispatch_id": "x"}))
         assert rests(runs[2]) is None  # it has read its files
+
+
+class Resting:
+    """Runs that are looked at without a place, and rest; those who are called."""
+
+    def __init__(self, ledger: Ledger, home: Path, study: Path) -> None:
+        self.ledger = ledger
+        self.aside = Aside(cast(Any, None), Home(home), ledger)
+        self.asked = {"targets": ["away"], "paths": [str(study)]}
+        self.called: list[str] = []
+
+    def run(self) -> FlowRun:
+        return FlowRun(id=uuid4(), flow_id=uuid4(), name="a run", parameters=self.asked)
+
+    def look(self, run: FlowRun) -> UnreadRest | None:
+        return asyncio.run(self.aside.look(run))
+
+
+@pytest.fixture
+def resting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Resting]:
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *_, **__: None)
+    monkeypatch.setattr("talaria.engine.aside.flow_run_logger", lambda _: logging.LoggerAdapter(logging.getLogger()))
+    monkeypatch.setattr(breaker, "FIRST_S", 0.0)
+    studies.ct(tmp_path / "study", 1)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        one = Resting(ledger, tmp_path, tmp_path / "study")
+        monkeypatch.setattr(line, "_waker", one.called.append)
+        yield one
+
+
+def is_saved(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    async def loaded(*_: Any) -> list[Target]:
+        return [target]
+
+    monkeypatch.setattr(waiting, "loaded", loaded)
+
+
+def test_a_target_that_failed_is_tested_without_a_place_until_all_know_that_it_is_dead(
+    resting: Resting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each began for its own test: its flow, and its return, cost as much as a dispatch that is delivered."""
+    target, ledger = (
+        DicomTarget(host="127.0.0.1", port=1, aet_target="PACS", retry_delay_s=900).named("away"),
+        resting.ledger,
+    )
+    is_saved(monkeypatch, target)
+    breaker.failed(ledger, target, Unreachable("no route"), "no route", pushed=True)
+    alone, first, second = runs = [resting.run() for _ in range(3)]
+    assert asyncio.run(resting.aside.chosen(runs)) == {run.id for run in runs}
+    found = resting.look(alone)
+    assert found and breaker.read(ledger, target).failures == 2  # nobody else waits for more
+    queue = breaker.queue(target)
+    ledger.waits.join(queue, str(second.id), ledger.now() + 1, ledger.now() + 60)
+    found = resting.look(first)
+    assert found and breaker.read(ledger, target).opened and not resting.called
+    state = found.state(ledger, str(first.id))
+    assert "the next attempt at away" in str(state.message) and "attempt 1 of" in str(state.message)
+    assert not found.is_over(ledger, str(first.id)) and found.left["away"].attempts == 1
+    found = resting.look(second)
+    assert found and "away to answer, which it hasn't since" in str(found.state(ledger, str(second.id)).message)
+    assert not found.left["away"].attempts and ledger.waits.call(queue, 9) == [str(second.id)]
+
+
+def test_one_of_those_that_wait_tests_it_and_the_next_is_called(
+    resting: Resting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, ledger = FolderTarget(folder=str(tmp_path)).named("away"), resting.ledger
+    is_saved(monkeypatch, target)
+    breaker.failed(ledger, target, Unreachable("no route"), "no route", pushed=True)
+    first, second = resting.run(), resting.run()
+    with breaker.testing(Home(tmp_path), ledger, target) as mine:  # another worker
+        assert mine
+        for run in (first, second):
+            found = resting.look(run)
+            assert found and "away to answer a test" in str(found.state(ledger, str(run.id)).message)
+    assert resting.look(first) is None and not breaker.read(ledger, target).failures  # it answers
+    assert str(second.id) in resting.called
+
+
+def test_what_has_one_attempt_begins_for_it_and_ends_with_a_receipt(
+    resting: Resting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = DicomTarget(host="127.0.0.1", port=1, aet_target="PACS", max_attempts=1).named("away")
+    is_saved(monkeypatch, target)
+    breaker.failed(resting.ledger, target, Unreachable("no route"), "no route", pushed=True)
+    assert resting.look(resting.run()) is None and breaker.read(resting.ledger, target).failures == 1
