@@ -15,10 +15,10 @@ from prefect import get_client
 from prefect.logging import get_run_logger
 
 from blocks.base import Target
-from tasks.dispatch import breaker, line, rest, tested, waiting
+from tasks.dispatch import breaker, line, rest, slots, tested, waiting
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.rest import Left, Rest, Wait
-from tasks.dispatch.slots import NoSlot, slots
+from tasks.dispatch.slots import NoSlot
 from transfer.errors import Busy, DiskFull, DispatchError, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -66,8 +66,12 @@ class Looks:
         """Whether the run has read no files yet."""
         return not self.rest.document
 
-    async def look(self, target: Target) -> None:
-        """Look whether a run may push to a target; one that comes back tests it, or takes a slot of it."""
+    async def look(self, target: Target, *, has_read: bool = False) -> None:
+        """Look whether a run may push to a target; one that comes back tests it, or takes a slot of it.
+
+        Args:
+            has_read: whether its files were read since it looked first.
+        """
         left, name, node = self.left(target), target.name, target.at(self.origin)
         what = self.ledger, target, self.in_line, self.priority
         if opening := waiting.for_its_hours(*what, left, rested=self.rest.kept):
@@ -89,8 +93,12 @@ class Looks:
                 self.held[name] = await patiently(lambda: self.slot(target))
             except NoSlot:
                 self.stand_in_line(target)
-        elif self.is_new and line.may_rest() and waiting.others_stand_in_line(*what):
-            self.stand_in_line(target)
+        elif self.is_new and line.may_rest():
+            waits = not has_read and name in slots.full(0.0)
+            if waiting.others_stand_in_line(*what) or (waits and not await slots.room(target, SLOT_S)):
+                self.stand_in_line(target)
+            elif waits:  # it may have failed meanwhile
+                await self._fails(node, await asyncio.to_thread(breaker.read, self.ledger, node))
 
     async def _is_dead(self, target: Target, one: Breaker) -> bool:
         """Return True if an open breaker stays so: the run waits for that, and has tested the target if it was time."""
@@ -189,7 +197,7 @@ class Looks:
             wait_s = 0.0 if left.since else SLOT_S
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(get_client())
-            await stack.enter_async_context(slots(client, target, 1, wait_s, self.ledger, self.in_line))
+            await stack.enter_async_context(slots.slots(client, target, 1, wait_s, self.ledger, self.in_line))
             self.ledger.waits.leave(target.name, self.in_line)
             left.since = 0.0
             return stack.pop_all()

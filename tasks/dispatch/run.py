@@ -204,7 +204,7 @@ class Dispatch:
         target, logger = delivery.target, get_run_logger()
         known = {*self.looks.waits, *self.looks.failed, *self.looks.held}
         if self.looks.is_new and target.name not in known:  # once more, since it has read its files meanwhile
-            await self.looks.look(target)
+            await self.looks.look(target, has_read=True)
         if target.name in self.looks.waits:
             delivery.stopped = State.WAITING
             logger.info("%s: waits until %s", target.name, self.looks.waits[target.name].until.isoformat())

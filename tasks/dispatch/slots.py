@@ -8,6 +8,7 @@ thread, for each slot.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from uuid import UUID
@@ -32,6 +33,32 @@ class NoSlot(Exception):
 
 
 _waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
+_held: dict[str, dict[UUID, tuple[float, int, int]]] = {}  # by target: since when, how many, of how many
+
+
+def full(seconds: float) -> set[str]:
+    """Return the names of the targets of which this process has held all slots for so long."""
+    before, found = time.monotonic() - seconds, set[str]()
+    for name, leases in [*_held.items()]:
+        old = [one for one in [*leases.values()] if one[0] <= before]
+        if old and sum(count for _, count, _ in old) >= max(most for _, _, most in old):
+            found.add(name)
+    return found
+
+
+async def room(target: Target, wait_s: float) -> bool:
+    """Wait until this process does not hold all slots of a target; return False if it still does after a time."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + wait_s
+    with _when_free(limit_name(target.name)) as free:
+        while target.name in full(0.0):
+            if (left := end - loop.time()) <= 0:
+                return False
+            free.clear()
+            if target.name in full(0.0):  # not freed since
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(free.wait(), left)
+    return True
 
 
 @asynccontextmanager
@@ -55,6 +82,7 @@ async def slots(
         httpx.HTTPError, PrefectException: the server does not answer as it should.
     """
     lease = await _taken(client, target, count, wait_s)
+    _held.setdefault(target.name, {})[lease] = time.monotonic(), count, target.max_dispatches
     renewing: asyncio.Task[None] | None = None
 
     async def note() -> None:
@@ -73,6 +101,7 @@ async def slots(
     finally:
         if renewing:
             renewing.cancel()
+        _held[target.name].pop(lease)
         await _given_back(client, target, lease)
         if ledger is not None:
             with suppress(*LOST):  # then they come by themselves

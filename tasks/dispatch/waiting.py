@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry
 
 from blocks.base import Target
-from tasks.dispatch import breaker, line, rest
+from tasks.dispatch import breaker, line, rest, slots
 from tasks.dispatch.hours import opens
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.rest import Left, Rest, Wait
@@ -36,6 +36,7 @@ DISABLED_S = 600.0  # after which a run looks again by itself whether a target i
 AFTER_S = 2.0  # and so much later for each that stands in line before it
 LONGEST_S = 3600.0  # and at most after this
 TEST_S = 60.0  # after which a run looks again whether a target passes a test, if nobody calls it
+LONG_S = 1.0  # for which all slots of a target have been held where more that comes rests at once
 APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 UNREAD = "its files have not been read yet"
 
@@ -227,7 +228,7 @@ def may_wait(ledger: Ledger, found: Sequence[FlowRun]) -> list[FlowRun]:
     """
     new = [one for one in found if not one.run_count and not one.labels.get(shown.SHOW_PLAN)]
     failed = doubtful(ledger) if new else set[str]()
-    known = untried(ledger) | failed if new else set[str]()
+    known = untried(ledger) | failed | slots.full(LONG_S) if new else set[str]()
     new = [one for one in new if may_rest(one.parameters, known)]
     called = {*ledger.waits.unheard(0.0)} if new else ()
     return [one for one in new if str(one.id) not in called or may_rest(one.parameters, failed)]
@@ -343,4 +344,4 @@ def _keeps_waiting(ledger: Ledger, target: Target, one: Breaker, run_id: str, pr
     what = ledger, target, run_id, priority, left.since
     if one.failures and others_are_to_test(*what):
         return True
-    return others_stand_in_line(*what)
+    return target.name in slots.full(LONG_S) or others_stand_in_line(*what)

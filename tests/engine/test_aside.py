@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from blocks.dicom import DicomTarget
 from blocks.folder import FolderTarget
 from talaria.engine.aside import Aside
 from talaria.testing import studies
-from tasks.dispatch import breaker, line, rest, running, waiting
+from tasks.dispatch import breaker, line, rest, running, slots, waiting
 from tasks.dispatch.run import Dispatch, Paused
 from tasks.dispatch.waiting import UnreadRest
 from tests.engine.material import later
@@ -238,3 +239,21 @@ def test_what_has_one_attempt_begins_for_it_and_ends_with_a_receipt(
     is_saved(monkeypatch, target)
     breaker.failed(resting.ledger, target, Unreachable("no route"), "no route", pushed=True)
     assert resting.look(resting.run()) is None and breaker.read(resting.ledger, target).failures == 1
+
+
+def test_what_comes_while_others_have_long_had_all_slots_rests_without_a_place(
+    resting: Resting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target may hang: each would hold a place until it knows that it gets no slot."""
+    is_saved(monkeypatch, FolderTarget(folder=str(tmp_path), max_dispatches=2).named("away"))
+    long_ago, run = time.monotonic() - 2 * waiting.LONG_S, resting.run()
+    held = {uuid4(): (long_ago, 1, 2), uuid4(): (time.monotonic() + 3600, 1, 2)}
+    monkeypatch.setattr(slots, "_held", {"away": held})
+    assert not asyncio.run(resting.aside.chosen([run])) and resting.look(run) is None  # one was just taken
+    held |= dict.fromkeys(held, (long_ago, 1, 2))
+    assert asyncio.run(resting.aside.chosen([run])) == {run.id}
+    found, run_id = resting.look(run), str(run.id)
+    assert found and "a slot at away" in str(found.state(resting.ledger, run_id).message)
+    assert not found.is_over(resting.ledger, run_id) and resting.ledger.waits.call("away", 1) == [run_id]
+    held.popitem()
+    assert found.is_over(resting.ledger, run_id)

@@ -6,14 +6,16 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 
 from blocks.base import NO_ORIGIN, Target
 from blocks.dicom import DicomTarget
 from blocks.folder import FolderTarget
-from tasks.dispatch import breaker, line
+from tasks.dispatch import breaker, line, looks, slots
 from tasks.dispatch.looks import Looks
 from transfer.errors import TimedOut, Unreachable
 from transfer.home import Home
@@ -151,3 +153,30 @@ def test_a_test_that_is_broken_off_keeps_nobody_waiting(
             looked(tmp_path, ledger, "cancelled", dead, first)
     assert called == ["next"]
     assert looked(tmp_path, ledger, "next", dead, second).left(dead).attempts == 1 and not ledger.waits.lines()
+
+
+def test_a_run_waits_for_a_slot_before_it_reads_its_files(
+    tmp_path: Path, ledger: Ledger, called: list[str], well: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a target that hangs, it had read them in vain."""
+    held = {uuid4(): (0.0, well.max_dispatches, well.max_dispatches)}
+    monkeypatch.setattr(slots, "_held", {"well": held})
+    monkeypatch.setattr(looks, "SLOT_S", 0.01)
+    assert "a slot at well" in looked(tmp_path, ledger, "first", well).waits["well"].what
+    ledger.waits.gone("first")
+    monkeypatch.setattr(looks, "SLOT_S", 600)
+
+    async def release(_: Any) -> None:
+        """Take the lease back, as the server does."""
+
+    async def freed() -> Looks:
+        one = Looks("second", Home(tmp_path), ledger, "second", "normal", NO_ORIGIN)
+        looking = asyncio.create_task(one.look(well))
+        while not slots._waiting.get(slots.limit_name("well")):  # noqa: ASYNC110 - nothing says that it waits
+            await asyncio.sleep(0)
+        lease, _ = held.popitem()
+        await slots._given_back(cast(Any, SimpleNamespace(release_concurrency_slots_with_lease=release)), well, lease)
+        await looking
+        return one
+
+    assert not asyncio.run(freed()).waits and not called
