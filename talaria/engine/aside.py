@@ -23,6 +23,7 @@ from talaria.engine import called, hosts
 from talaria.engine.due import come
 from talaria.engine.watch import StateChange
 from tasks.dispatch import asked, breaker, running, tested, waiting
+from tasks.dispatch.stoppable import stoppable
 from tasks.dispatch.waiting import UnreadRest
 from transfer import silent
 from transfer.home import Home
@@ -68,7 +69,8 @@ class Aside:
         if rests is None or not rests.tests:
             return rests
         stops, logger = partial(running.asked, run_id), flow_run_logger(flow_run)
-        if not await tested.fails(self.home, self.ledger, rests, run_id, stops, logger):
+        testing = tested.fails(self.home, self.ledger, rests, run_id, stops, logger)
+        if not await stoppable(testing, stops, lambda: 0.0):  # as in a run that has begun
             return None
         return replace(rests, breakers=await asyncio.to_thread(breaker.every, self.ledger, [*rests.targets]))
 

@@ -232,6 +232,34 @@ def test_one_of_those_that_wait_tests_it_and_the_next_is_called(
     assert str(second.id) in resting.called
 
 
+def test_a_worker_that_ends_leaves_a_test_that_hangs(
+    resting: Resting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, ledger = FolderTarget(folder=str(tmp_path)).named("away"), resting.ledger
+    is_saved(monkeypatch, target)
+    breaker.failed(ledger, target, Unreachable("no route"), "no route", pushed=True)
+    run, behind, free = resting.run(), str(uuid4()), threading.Event()
+    ledger.waits.join(breaker.queue(target), behind, ledger.now() + 1, ledger.now() + 60)
+
+    class Hanging:
+        """A driver of a target that says nothing."""
+
+        def check(self, _: Target) -> None:
+            running.flag(str(run.id)).set()  # as by the second signal
+            free.wait(600)
+
+    monkeypatch.setattr("tasks.dispatch.tested.DRIVERS", SimpleNamespace(of=lambda _: Hanging()))
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            resting.look(run)
+        assert resting.called == [behind]  # it left the line, and holds up nobody there
+        with breaker.testing(Home(tmp_path), ledger, target) as mine:
+            assert mine
+    finally:
+        free.set()
+        running.forget(str(run.id))
+
+
 def test_what_has_one_attempt_begins_for_it_and_ends_with_a_receipt(
     resting: Resting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
