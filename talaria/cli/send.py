@@ -86,8 +86,7 @@ def send(
         "each": str(each or ""),
     }
     if not os.environ.get("TALARIA_URL"):  # else they are on another machine
-        for path in paths:
-            _check_there(path)
+        _check_there(paths, each is EachOption.PATH)
     with api() as access:
         if dry_run:
             _show_plan(access.call("plan_dispatch", **what), as_json)
@@ -112,14 +111,25 @@ def send(
         finish(access, queued["flow_run_id"], all_items=all_items, as_json=as_json)
 
 
-def _check_there(path: Path) -> None:
-    """Raise if a path is not there, before anything is queued."""
+def _check_there(paths: list[Path], one_is_enough: bool) -> None:
+    """Raise if a path is not there, before anything is queued.
+
+    Args:
+        one_is_enough: where each is a study of its own, and one that is not there fails alone.
+    """
+    missing = [problem for path in paths if (problem := _problem(path))]
+    if missing and not (one_is_enough and len(missing) < len(paths)):
+        raise NotFound(missing[0])
+
+
+def _problem(path: Path) -> str:
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
-        raise NotFound(f"{path}: no such file or folder") from exc
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return f"{path}: no such file or folder"
     except OSError as exc:
-        raise NotFound(f"{path}: {exc.strerror}") from exc
+        return f"{path}: {exc.strerror}"
+    return ""
 
 
 def finish(access: Access, run_id: str, *, all_items: bool, as_json: bool) -> None:

@@ -63,7 +63,7 @@ async def create_dispatch(
     for target in await load(office.client, targets, secrets=False):
         check_destination(target)
     if office.embedded and not host:  # else the files are another machine's
-        await asyncio.to_thread(look, paths, patterns(exclude))
+        await asyncio.to_thread(_look, paths, each, patterns(exclude))
     parameters = {
         "paths": paths,
         "targets": targets,
@@ -82,6 +82,24 @@ async def create_dispatch(
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
     document = await _planned(office, flow_run) if planned and fresh and not each else None
     return {"run": line(flow_run)} | (document or await _of_queue(office, flow_run, targets))
+
+
+def _look(paths: list[str], each: str, exclude: tuple[str, ...]) -> None:
+    """Make sure that there is something to send; where each path is a study of its own, for one of them.
+
+    Raises:
+        NotFound, Misconfigured, Denied: as `look` does.
+    """
+    first: DispatchError | None = None
+    for some in [[path] for path in paths] if each == Each.PATH else [paths]:
+        try:
+            look(some, exclude)
+        except DispatchError as exc:
+            first = first or exc
+        else:
+            return
+    if first:
+        raise first
 
 
 async def _of_queue(office: Office, flow_run: FlowRun, targets: list[str]) -> dict[str, Any]:

@@ -645,6 +645,12 @@ def test_a_folder_of_studies_goes_as_one_run(up: Talaria, tmp_path: Path) -> Non
         trail = up.json("audit", "show", "--last", "1000")["entries"]
         ended = [one["details"] for one in trail if one["event"] == "delivery" and one["result"] == "success"]
         assert {row["dispatch_id"] for row in rows.values()} - {""} <= {one["dispatch"] for one in ended}
+        each = [str(many / name) for name in ("none", "s0", "empty")]
+        some = up.told("send", *each, "--each", "path", "--to", "archive", code=1)  # nor does one stop others here
+        assert [row["state"] for row in some["studies"]] == ["failed", "delivered", "failed"]
+        assert "no such file or folder" in some["studies"][0]["targets"]["archive"]["error"]
+        assert "no such file or folder" in up.here("send", each[0], "--each", "path", "--to", "archive").stderr
+        assert "nothing to send" in up.here("send", each[2], "--each", "path", "--to", "archive").stderr
         material.ct(many / "empty", 1)
         once = up.told("jobs", "retry", result["flow_run_id"], "--only", "pacs", code=None)
         assert (once["targets"]["pacs"]["already"], once["targets"]["pacs"]["delivered"]) == (36, 1)
