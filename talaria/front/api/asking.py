@@ -144,9 +144,9 @@ def add(
         responses={
             **described,
             "4XX": {"model": ProblemAnswer, "description": '`{"error": "…"}`: one line that says what to change.'},
-            "502": {
+            "5XX": {
                 "model": ProblemAnswer,
-                "description": 'The target, or a server behind it, failed: `{"error": "…"}`.',
+                "description": 'The target (502), a server behind it (503) or Talaria (500) failed: `{"error": "…"}`.',
             },
         },
         **more,
