@@ -251,13 +251,15 @@ class StorageScp:
             sock = context.wrap_socket(sock, server_side=True)
         except OSError as exc:
             reason = exc.reason if isinstance(exc, ssl.SSLError) else None
-            self._shook_in_vain(host, reason.replace("_", " ").lower() if reason else words_of(exc))
+            why = getattr(exc, "verify_message", "") or (reason or "").replace("_", " ").lower()
+            self._shook_in_vain(host, why or words_of(exc))
             raise
         with self._lock:
             self._open.add(sock)
         return sock
 
     def _shook_in_vain(self, host: str, why: str) -> None:
+        logger.warning("no association for %s: its TLS handshake failed: %s", host, why)
         if self._security is not None:
             self._security.failed(host, why)
 

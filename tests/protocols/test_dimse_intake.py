@@ -562,7 +562,7 @@ def test_a_listener_without_threads_goes_on(tmp_path: Path, monkeypatch: pytest.
 # ---- TLS
 
 
-def test_tls_only(tmp_path: Path) -> None:
+def test_tls_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = certificates()
     context = Tls(ca=str(made.ca), cert=str(made.server.cert), key=str(made.server.key)).server()
     studies.ct(tmp_path / "study", 3)
@@ -579,6 +579,12 @@ def test_tls_only(tmp_path: Path) -> None:
         assert sent("echoscu", "-aec", AET, "127.0.0.1", str(there.port)).returncode != 0
         with pytest.raises(DispatchError):
             attempt(tls_target(there.port, aet_target=AET, tls_cert="", tls_key=""), tmp_path / "study").require()
+        expired = made.authority.leaf("expired", expired=True, password=KEY_PASSWORD)
+        storing = ["storescu", "-aec", AET, "+tls", expired.key, expired.cert, "+cf", made.ca, "+pw", KEY_PASSWORD]
+        assert sent(*storing, "127.0.0.1", str(there.port), "+sd", tmp_path / "study").returncode != 0
+        for why in ("peer did not return a certificate", "certificate has expired"):
+            words = f"no association for 127.0.0.1: its TLS handshake failed: {why}"
+            until(lambda words=words: words in [one.getMessage() for one in caplog.records])
 
 
 # ---- complete
