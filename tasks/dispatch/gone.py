@@ -33,7 +33,9 @@ def reject_gone(delivery: Delivery, before: Mapping[str, Any] | None) -> None:
         delivery.plan = delivery.plan.narrowed(delivery.plan.items, lacks=lacking(delivery.refused))
 
 
-def gone_studies(found: Iterable[FloodStudy], before: Iterable[Mapping[str, Any]], targets: Sequence[str]) -> list[str]:
+def gone_studies(
+    found: Iterable[FloodStudy], before: Iterable[Mapping[str, Any]], targets: Sequence[str]
+) -> dict[str, None]:
     """Return the names of a flood's studies that have yet to come to one of some targets, and are there no more.
 
     Args:
@@ -41,11 +43,11 @@ def gone_studies(found: Iterable[FloodStudy], before: Iterable[Mapping[str, Any]
         before: the rows of its earlier receipts.
     """
     there = {study.name for study in found}
-    return [
-        str(row["study"])
+    return {
+        str(row["study"]): None
         for row in before
         if row["study"] not in there and not all(_arrived(row, target) for target in targets)
-    ]
+    }
 
 
 def arrived_rows(before: Iterable[dict[str, Any]], target: str, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -160,6 +160,7 @@ class Dispatch:
         """
         left = [one for one in self.targets if not self.looks.left(one).ended] if self.looks.is_new else self._open
         self.deliveries = [self._delivery(target, plan, force) for target in left]
+        self.earlier = {}  # which may be 40 MB, of 100,000 files
         for delivery in self.deliveries:
             delivery.may_rest = line.may_rest()
             await asyncio.to_thread(delivery.resume, self.looks.left(delivery.target))
