@@ -135,9 +135,12 @@ class Job:
         self.missing, self.failed, self.error = [], {}, ""
         for one in self.studies.values():
             one.again = 0.0
-            if one.stage in (Stage.PARTIAL, Stage.FAILED) or one.doubt:
+            if one.stage is Stage.DELIVERED and not one.doubt:
+                continue
+            one.dispatch = ""  # has ended as the retrieval did: cancelled, it would be so for good
+            if one.stage is not Stage.WHOLE:
                 one.stage = Stage.WHOLE if one.came_whole else Stage.FOUND
-                one.reason = one.dispatch = one.doubt = ""
+                one.reason = one.doubt = ""
         self.searched = self.searched and bool(self.studies) and not self.unknown
 
     @property

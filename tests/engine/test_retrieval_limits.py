@@ -595,6 +595,30 @@ def concluded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Retrieval], State[An
     return lambda one: asyncio.run(whole(one))
 
 
+def test_a_retry_sends_what_was_being_sent_when_the_retrieval_was_cancelled(
+    concluded: Callable[[Retrieval], State[Any]],
+) -> None:
+    formers: list[str] = []
+
+    async def send(paths: list[str], targets: list[str], former: str, begins: Any, **_: Any) -> State[Any]:
+        formers.append(former)
+        begins(str(uuid4()))
+        if len(formers) > 1:
+            return Completed()
+        running.flag(RUN).set()
+        cancelled: State[Any] = Cancelled(message="archive cancelled: 2 unsent, the dispatch was cancelled")
+        return cancelled
+
+    with archive(study("S1")) as peer:
+        first = made(peer, send, numbers="S1")
+        concluded(first)
+        assert stages(first) == {"S1": Stage.WHOLE} and first.job.ended
+        running.forget(RUN)
+        again = made(peer, send, numbers="S1")
+        assert concluded(again).is_completed() and stages(again) == {"S1": Stage.DELIVERED}
+        assert formers == ["", ""] and len(peer.asked(GET)) == 1
+
+
 def by_other_keys(peer: Archive) -> dict[str, Any]:
     return {"numbers": "", "filters": Query(StudyInstanceUID=str(peer.instances[0].ds.StudyInstanceUID))}
 
