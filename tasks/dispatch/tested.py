@@ -131,7 +131,9 @@ class _Test:
             first = first or error
 
     def _others(self) -> bool:
-        return self._ledger.waits.before(breaker.queue(self._target), self._run_id, math.inf) > 0
+        """Return True if others wait for an answer, or for a slot."""
+        lines = breaker.queue(self._target), self._target.name
+        return any(self._ledger.waits.before(one, self._run_id, math.inf) for one in lines)
 
     def _ends(self, opened: bool) -> None:
         """Leave the line, and call the next one: not if the breaker has opened, until when all know what to do."""

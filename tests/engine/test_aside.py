@@ -190,8 +190,9 @@ def is_saved(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
     monkeypatch.setattr(waiting, "loaded", loaded)
 
 
+@pytest.mark.parametrize("waits_for", ["answer", "slot"])
 def test_a_target_that_failed_is_tested_without_a_place_until_all_know_that_it_is_dead(
-    resting: Resting, monkeypatch: pytest.MonkeyPatch
+    resting: Resting, monkeypatch: pytest.MonkeyPatch, waits_for: str
 ) -> None:
     """Each began for its own test: its flow, and its return, cost as much as a dispatch that is delivered."""
     target, ledger = (
@@ -205,7 +206,8 @@ def test_a_target_that_failed_is_tested_without_a_place_until_all_know_that_it_i
     found = resting.look(alone)
     assert found and breaker.read(ledger, target).failures == 2  # nobody else waits for more
     queue = breaker.queue(target)
-    ledger.waits.join(queue, str(second.id), ledger.now() + 1, ledger.now() + 60)
+    stands = queue if waits_for == "answer" else "away"
+    ledger.waits.join(stands, str(second.id), ledger.now() + 3600, ledger.now() + 3660)
     found = resting.look(first)
     assert found and breaker.read(ledger, target).opened and not resting.called
     state = found.state(ledger, str(first.id))
