@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from transfer import roots
-from transfer.errors import Misconfigured
+from transfer.errors import Misconfigured, NotFound
 from transfer.home import Home, private
 from transfer.ledger import noted, write_json
 
 PART = ".part"  # of a list that is being written
+BATCHES = "batches"  # the folder of a source's lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,29 @@ class ListedUnit:
 
 def place(home: Home, source: str, batch: str) -> Path:
     """Return the path of a list."""
-    return home.root / "sources" / source / "batches" / f"{batch}.jsonl"
+    return home.root / "sources" / source / BATCHES / f"{batch}.jsonl"
 
 
 def source_of(path: Path) -> str:
     """Return the name of the source whose list this is."""
     return path.parent.parent.name
+
+
+def check_there(path: Path) -> None:
+    """Check that a list is there still.
+
+    Raises:
+        NotFound: no unit was failed or under way by it any more.
+    """
+    if path.exists():
+        return
+    if path.parent.name != BATCHES:
+        raise NotFound("the list of what it sends has gone")
+    name = source_of(path)
+    raise NotFound(
+        f"the source {name} has dispatched its units anew since, or needs no retry of them:"
+        f" `talaria source show {name}` says what failed"
+    )
 
 
 def changed(home: Home) -> Path:
@@ -153,6 +171,7 @@ def read(path: Path | str) -> Iterator[ListedUnit]:
     Raises:
         NotFound, Denied: as of what is sent. Misconfigured: it is no such list.
     """
+    check_there(Path(path))
     fd = roots.sources().open(path)
     try:
         with open(fd, encoding="ascii", errors="strict", closefd=False) as file:

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -27,7 +28,7 @@ from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
 from tasks.sources.elsewhere import lent_studies, lent_units
 from tasks.targets import check_destination, load
-from transfer import deadletters, shared
+from transfer import deadletters, shared, unitlist
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.receipt import Receipt, State
@@ -114,6 +115,7 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
 
     Raises:
         Misconfigured: it is not one of the job's targets, or its receipts are not there any more.
+        NotFound: it is a source's, which has dispatched the same anew since.
     """
     flow_run = await found(office, job, kinds)
     run_id = str(flow_run.id)
@@ -125,6 +127,9 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
     if flow_run.state and flow_run.state.is_final():
         if only and await rest.receipts(office.client, office.home, run_id) is None:
             raise Misconfigured(f"the receipts of {run_id} are not there any more: retry all of it")
+        here = office.embedded and not hosts.where_it_waits(flow_run)  # else another machine has them
+        for path in flow_run.parameters["paths"] if here and flow_run.parameters.get("each") == Each.UNIT else ():
+            unitlist.check_there(Path(path))
         await asyncio.to_thread(_begin_anew, office, run_id, _reached(flow_run, only))
         if runs.kind_of(flow_run) == "retrieval":
             await asyncio.to_thread(mark_ended, office.home, run_id)

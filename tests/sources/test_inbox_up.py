@@ -111,6 +111,9 @@ def test_what_a_source_has_delivered_is_sent_elsewhere(inboxes: Inboxes) -> None
     (run,) = inboxes.runs_of("elsewhere")
     inboxes.up.here("source", "sweep", "elsewhere")
     inboxes.up.until(lambda: not Path(run["parameters"]["paths"][0]).exists())
+    retried = inboxes.up.here("jobs", "retry", run["id"])
+    assert retried.returncode == 2 and "`talaria source show elsewhere` says what failed" in retried.stderr
+    assert inboxes.up.run(run["id"])["state_type"] == "COMPLETED"
     sent = inboxes.up.told("jobs", "send", run["id"], "--to", "other")
     assert sent["state"] == "delivered" and len(sent["studies"]) == 3 and files(other) == files(shelf)
     # A unit that has gone meanwhile is failed, and said to be; the others go.
