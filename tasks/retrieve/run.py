@@ -308,8 +308,7 @@ class Retrieval:
     def _first(self) -> Study | None:
         """Return the study to go on with first: none of those whose time has come, and that wait behind others."""
         now = time.time()
-        found = [one for one in self._waiting() if one in self._in_vain or one.again > now]
-        return found[0] if found else None
+        return next((one for one in self._waiting() if one in self._in_vain or one.again > now), None)
 
     async def _hand_on(self, study: Study, folder: Path) -> None:
         async with self._senders:
@@ -338,8 +337,7 @@ class Retrieval:
                 await asyncio.to_thread(discard, folder)
             elif waited and study.again and not study.reason.startswith(HELD):
                 self._in_vain.append(study)
-                first = self._first()
-                self._next_round = first.again if first else 0.0
+                self._next_round = first.again if (first := self._first()) else 0.0
 
     async def _dispatch(self, study: Study, folder: Path) -> None:
         """Send a study in a dispatch of its own, with the queried node as its origin."""
