@@ -163,10 +163,10 @@ def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> N
     assert not [call for call in calls(up) if call.endswith(" 503")]
     schedule = {"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}, "active": True}
     httpx.post(f"{path}/schedules", json=[schedule], auth=(user, password), timeout=300).raise_for_status()
-    planned = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    planned = {"deployment_id": {"any_": [deployment["id"]]}, "tags": {"all_": ["auto-scheduled"]}}
 
     def coming() -> set[str]:
-        return {one["id"] for one in up.api("POST", "/flow_runs/filter", **planned) if one["auto_scheduled"]}
+        return {one["id"] for one in up.api("POST", "/flow_runs/filter", flow_runs=planned)}
 
     up.until(coming)
     before = coming()
