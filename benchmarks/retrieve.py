@@ -39,9 +39,10 @@ SETS = {
     "huge": (1, 2_000_000_000),
 }  # fmt: skip
 FAR = 200  # small instances over the long way
-LISTED = 2000  # accession numbers
+LISTED, LISTED_FEW = 2000, 490  # accession numbers
 SLOTS = 2  # of a source, unless its `max_dispatches` says otherwise
-DCMQRSCP_STUDIES = 500  # more it keeps of no AE title, whatever its configuration says
+UNKNOWN = 10  # of them, where nearly all are there
+DCMQRSCP_STUDIES = 500  # more it keeps of no AE title, whatever its configuration says: enough for LISTED_FEW
 ROOT = "/dev/shm"
 
 
@@ -116,14 +117,18 @@ def retrieve(port: int, folder: Path, aet: str, associations: int, study: str) -
 
 
 def look_up(port: int, aet: str, single: bool, numbers: Path) -> None:
-    """Find a list of accession numbers, each by a query of its own or as a retrieval with two slots does."""
+    """Find a list of accession numbers, each by a query of its own or as a retrieval with two slots does.
+
+    Args:
+        numbers: file of them, those in the list that are not there behind a minus.
+    """
     from imaging.query import Query
     from protocols.dimse.query import finder
     from protocols.dimse.search import PeerSearch
     from protocols.dimse.transport import Peer
 
-    wanted = tuple(numbers.read_text().split())
-    known = {one for at, one in enumerate(wanted) if at % 10}
+    lines = numbers.read_text().split()
+    wanted, known = tuple(one.removeprefix("-") for one in lines), {one for one in lines if not one.startswith("-")}
     with finder(Peer("127.0.0.1", port, aet)) as asked, section():
         search = PeerSearch(asked, 1 if single else SLOTS)
         queries = [Query(AccessionNumber=(one,)) for one in wanted] if single else [Query(AccessionNumber=wanted)]
@@ -375,25 +380,27 @@ def compare_find(rounds: int) -> None:
 
 
 def compare_lists(rounds: int, root: Path) -> None:
-    """A list of accession numbers, one in ten of which is not there, beside a query for each."""
+    """A list of accession numbers beside a query for each; those that are not there have to be asked for alone."""
     from talaria.testing.studies import ACCESSION
 
-    for maker, count in ((real_orthanc, LISTED), (real_dcmqrscp, DCMQRSCP_STUDIES)):
-        numbers = [f"{number:0{len(ACCESSION)}}" for number in range(count)]
+    for maker, count in ((real_orthanc, LISTED), (real_dcmqrscp, LISTED_FEW)):
+        numbers = [f"{number:0{len(ACCESSION)}}" for number in range(count * 10 // 9)]
+        there = [one for number, one in enumerate(numbers) if number % 10]
         with maker(root / f"list-{maker.__name__}") as (name, port, aet, _):
-            for number, accession in enumerate(numbers):
-                if number % 10:
-                    own = {STUDY: f"1.2.826.{100_000 + number}", SERIES: f"1.2.826.{200_000 + number}"}
-                    write(root / "list", number, 1000, own | {ACCESSION: accession})
+            for number, accession in enumerate(there):
+                own = {STUDY: f"1.2.826.{100_000 + number}", SERIES: f"1.2.826.{200_000 + number}"}
+                write(root / "list", number, 1000, own | {ACCESSION: accession})
             send(port, aet, root / "list")
-            print(f"\n## {len(numbers)} accession numbers at {name}, a tenth of them unknown")
-            given = root / "numbers"
-            given.write_text("\n".join(numbers))
-            found = {
-                "talaria, the list": partial(ours, "look-up", port, aet, 0, given),
-                "talaria, one by one": partial(ours, "look-up", port, aet, 1, given),
-            }
-            show(in_turn(found, rounds), 0, ("talaria, one by one",))
+            for unknown in (UNKNOWN, count // 10):
+                print(f"\n## {count} accession numbers at {name}, of which {unknown} are not there")
+                given = root / "numbers"
+                missing = [f"-{one}" for one in numbers[::10][:unknown]]
+                given.write_text("\n".join(there[: count - unknown] + missing))
+                found = {
+                    "talaria, the list": partial(ours, "look-up", port, aet, 0, given),
+                    "talaria, one by one": partial(ours, "look-up", port, aet, 1, given),
+                }
+                show(in_turn(found, rounds), 0, ("talaria, one by one",))
 
 
 OTHERS = ("memory", "far", "find", "orthanc", "dcmqrscp", "lists")
