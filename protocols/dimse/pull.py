@@ -196,10 +196,10 @@ class Pull:
         return not (one.answers and one.answers[-1].whole)
 
     def _keep(self, item: Item) -> None:
-        assert item.header is not None  # noqa: S101 - a Depot keeps instances only
+        assert item.shared is not None  # noqa: S101 - a Depot keeps instances only
         with self._lock:
-            self._here[item.header.SOPInstanceUID] = item
-            self._counts[item.header.SeriesInstanceUID] += 1
+            self._here[item.sop_instance_uid] = item
+            self._counts[item.shared.SeriesInstanceUID] += 1
         self.report(item, DELIVERED)
 
     def _count(self, series: str) -> None:
