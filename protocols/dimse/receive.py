@@ -27,7 +27,7 @@ from protocols.dimse.command import (
     CommandSet,
 )
 from protocols.dimse.message import C_STORE_RSP, HEADERS, IMPLEMENTATION_UID, IMPLEMENTATION_VERSION, NO_DATASET
-from protocols.dimse.stream import Stream, pdus
+from protocols.dimse.stream import LARGE_BYTES, Stream, pdus
 from protocols.files import filesystem as fs
 from protocols.files import partial
 from protocols.files.durable import DurableFile, VolatileFile, way_of
@@ -313,6 +313,8 @@ def _spool(stream: Stream, part: DurableFile, depot: Depot, meta: bytes) -> tupl
             pieces.clear()
             waiting = 0
             if view is None:
+                if size > LARGE_BYTES:
+                    stream.widen()
                 stream.fill()
                 continue
         if stream.is_command:

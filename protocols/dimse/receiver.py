@@ -37,7 +37,7 @@ from transfer.spool import Spool
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 17  # of a message: the socket's buffer takes more
-BUFFER = 1 << 16  # bytes of an association: there may be many
+BUFFERS = 1 << 16, 1 << 16  # bytes of an association: there may be many
 REPORT_S = 0.1  # between two reports of what has come
 MOST_UNITS = 200  # in one message: 300 bytes each
 
@@ -128,7 +128,7 @@ class Receiver:
             visit = self._source(folder, terms).visit(caller)
             contexts = {int(context): (abstract, syntax) for context, (abstract, syntax) in asked["contexts"].items()}
             accepted = Accepted(sock, caller, visit, asked["max_pdu"], contexts, asked["idle_timeout_s"])
-            ServedAssociation(accepted, buffer=BUFFER).run()
+            ServedAssociation(accepted, buffers=BUFFERS).run()
         except (OSError, DispatchError) as exc:
             logger.info("association from %s ended: %s", caller.host, exc)
         except Exception:

@@ -31,7 +31,7 @@ from protocols.dimse.message import (
     VERIFICATION,
 )
 from protocols.dimse.receive import OUT_OF_RESOURCES, Depot, Responder, receive
-from protocols.dimse.stream import BUFFER, Released, Stream, pdus
+from protocols.dimse.stream import BUFFERS, Released, Stream, pdus
 from transfer.errors import Busy, DispatchError, Interrupted
 
 RESPONSE, C_CANCEL_RQ, UNRECOGNIZED = 0x8000, 0x0FFF, 0x0211  # PS3.7 Annexes C and E
@@ -88,15 +88,17 @@ class ServedAssociation:
 
     Args:
         check: called now and then; may raise to end it.
-        buffer: bytes that are read at once.
+        buffers: as of a `Stream`.
     """
 
-    def __init__(self, accepted: Accepted, check: Callable[[], None] = lambda: None, *, buffer: int = BUFFER) -> None:
+    def __init__(
+        self, accepted: Accepted, check: Callable[[], None] = lambda: None, *, buffers: tuple[int, int] = BUFFERS
+    ) -> None:
         caller = accepted.caller
         self.visit, self.caller = accepted.visit, caller
         self.contexts, self.max_pdu = accepted.contexts, accepted.max_pdu
         where = f"{caller.calling} at {caller.host}"
-        self.stream = Stream(accepted.sock, where, accepted.idle_timeout_s, check, buffer=buffer)
+        self.stream = Stream(accepted.sock, where, accepted.idle_timeout_s, check, buffers=buffers)
         self.respond = Responder(self.stream, self.max_pdu)
         self.depot: Depot | None = None  # of what came last
         self.stream.moved = self._moved

@@ -24,7 +24,11 @@ from protocols.net.connection import SLICE_S
 from transfer.errors import Interrupted, TimedOut
 from transfer.throttle import Throttle
 
-BUFFER = 1 << 18  # bytes; more only helps instances of hundreds of megabytes
+UNLIMITED = 1 << 18  # bytes of a PDU, to a peer that takes any
+LARGE_BYTES = 1 << 23  # of an instance
+# Bytes that are read at once: a CT of 512 x 512 pixels comes in two pieces; of a large instance, whose reading then
+# takes a twelfth less CPU.
+BUFFERS = 272 << 10, 1 << 20
 MAX_COMMAND = 1 << 16  # bytes; command sets have some hundred
 MAX_IDENTIFIER = 1 << 20  # bytes; answers to C-FIND have some thousand
 MAX_LIST = 1 << 24  # bytes; UIDs of the instances that failed, 64 bytes each
@@ -43,7 +47,7 @@ class Released(Exception):
 
 def pdus(context: int, command: bytes, dataset: bytes | None, most: int) -> bytes:
     """Return a message as P-DATA-TF PDUs of at most `most` bytes each (0 for any)."""
-    step = max(2, (most or BUFFER) - 6 & ~1)
+    step = max(2, (most or UNLIMITED) - 6 & ~1)
     made = []
     for data, flag in ((command, COMMAND), (dataset, 0)):
         if data is None:
@@ -63,7 +67,7 @@ class Stream:
         heard: when something last came from the peer; `time.monotonic`.
         quiet: called when nothing came for a while; returns when something was heard elsewhere (`time.monotonic`).
         context, is_command, last: of the piece that `piece` returned; `last` with the end of its message part.
-        buffer: bytes that are read at once at most.
+        buffers: bytes that are read at once at most; the same, once `widen` was called.
         torn: whether the connection is in the middle of a PDU that we send, so that an abort can't be sent.
     """
 
@@ -75,10 +79,12 @@ class Stream:
     quiet: Callable[[], float] = lambda: 0.0
     moved: Callable[[int], None] = lambda count: None
     what: str = "message"
-    buffer: int = BUFFER
+    buffers: tuple[int, int] = BUFFERS
 
     def __post_init__(self) -> None:
-        self._memory = mmap(-1, self.buffer, MAP_PRIVATE | MAP_ANONYMOUS)  # what nothing was read into takes no memory
+        self._buffer = self.buffers[0]
+        # What nothing was read into takes no memory.
+        self._memory = mmap(-1, max(self.buffers), MAP_PRIVATE | MAP_ANONYMOUS)
         self._view = memoryview(self._memory)
         self._commands = Commands()
         self._begin = self._end = 0
@@ -106,18 +112,22 @@ class Stream:
             self._view.release()
             self._memory.close()
 
+    def widen(self) -> None:
+        """Read more at once from now on, as a large instance is coming."""
+        self._buffer = self.buffers[1]
+
     @property
     def ahead(self) -> bytes:
         """Return bytes that were read and not used."""
         return bytes(self._view[self._begin : self._end])
 
     def peek(self, count: int) -> None:
-        """Wait until so many bytes, at most BUFFER, are `ahead`."""
+        """Wait until so many bytes, at most the buffer's, are `ahead`."""
         while self._end - self._begin < count:
             self.fill()
 
     def take(self, count: int) -> bytes:
-        """Wait for so many bytes, at most BUFFER, and return them, whatever they are."""
+        """Wait for so many bytes, at most the buffer's, and return them, whatever they are."""
         self.peek(count)
         taken = bytes(self._view[self._begin : self._begin + count])
         self._begin += count
@@ -211,7 +221,7 @@ class Stream:
                 self._view[: end - begin] = self._view[begin:end]  # which may overlap
             end -= begin
         limited = self.throttle.limit
-        room = self._view[end : end + self.throttle.piece if limited else self.buffer]
+        room = self._view[end : min(end + self.throttle.piece, self._buffer) if limited else self._buffer]
         if not self._answered and self._plain:
             # A peer with Nagle's algorithm waits for our ACK of a small piece, which we'd delay by 40 ms; the
             # kernel forgets this setting, so that it is made each time. What we have sent since was an ACK too.

@@ -24,7 +24,7 @@ from protocols.dimse.command import (
 )
 from protocols.dimse.message import C_STORE_RQ, HEADERS
 from protocols.dimse.receive import SUCCESS, Depot, Responder, receive
-from protocols.dimse.stream import Stream, pdus
+from protocols.dimse.stream import BUFFERS, Stream, pdus
 from protocols.files.partial import PartialFile
 from talaria.testing import studies
 from transfer.errors import DiskFull, Interrupted
@@ -36,16 +36,22 @@ UID, CT = "1.2.826.0.1.77", "1.2.840.10008.5.1.4.1.1.2"
 class Sender:
     """A connection on which one instance has come; it does something when it is sent the answer."""
 
-    def __init__(self, told: Callable[[], None]) -> None:
+    def __init__(self, told: Callable[[], None], uid: str = UID, more: bytes = b"") -> None:
         with studies.quiet():
-            file = studies.encoded(studies.dataset(SOPInstanceUID=UID))
-        asked = {AFFECTED_CLASS: CT, FIELD: C_STORE_RQ, MESSAGE_ID: 1, DATASET_TYPE: 1, AFFECTED_INSTANCE: UID}
-        data = file[file.index(b"\x08\x00\x05\x00") :]
-        self._left = pdus(1, encoded(asked), data, 0)
+            file = studies.encoded(studies.dataset(SOPInstanceUID=uid))
+        asked = {AFFECTED_CLASS: CT, FIELD: C_STORE_RQ, MESSAGE_ID: 1, DATASET_TYPE: 1, AFFECTED_INSTANCE: uid}
+        self.data = file[file.index(b"\x08\x00\x05\x00") :] + more
+        self._left = pdus(1, encoded(asked), self.data, 0)
         self._told = told
         self.answers: list[int | None] = []
+        self.rooms: list[int] = []
+
+    def then(self, other: Sender) -> None:
+        """Send what another one sends, too."""
+        self._left += other._left
 
     def recv_into(self, room: memoryview) -> int:
+        self.rooms.append(len(room))
         piece, self._left = self._left[: len(room)], self._left[len(room) :]
         room[: len(piece)] = piece
         return len(piece)
@@ -78,6 +84,22 @@ def test_the_name_is_there_before_the_answer_where_it_is_durable(durable: bool, 
     assert sender.answers == [SUCCESS]
     assert seen == [[f"{UID}.dcm"] if durable else []]
     assert [item.path for item in kept] == os.listdir(tmp_path) == [f"{UID}.dcm"]
+
+
+def test_a_large_instance_is_read_in_larger_pieces_and_what_follows_it_is_whole(tmp_path: Path) -> None:
+    filler = bytes(range(256)) * 80_000
+    private = (0xFFFC_FFFC).to_bytes(4, "little") + b"OB\0\0" + len(filler).to_bytes(4, "little")  # (FFFC,FFFC)
+    sender, small = Sender(lambda: None, more=private + filler), Sender(lambda: None, f"{UID}.1")
+    sender.then(small)
+    depot = Depot(tmp_path, durable=False)
+    stream = Stream(cast(socket.socket, sender), "peer", 5.0)
+    for _ in range(2):
+        assert receive(stream, stream.command(), EXPLICIT_LITTLE, depot, Responder(stream, 0)) == SUCCESS
+    depot.close()
+    assert (tmp_path / f"{UID}.dcm").read_bytes().endswith(sender.data)
+    assert (tmp_path / f"{UID}.1.dcm").read_bytes().endswith(small.data)
+    first, most = BUFFERS
+    assert max(sender.rooms[:10]) == first and max(sender.rooms) == most
 
 
 @pytest.mark.parametrize("durable", [True, False])
