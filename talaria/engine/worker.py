@@ -19,10 +19,10 @@ import sqlite3
 import time
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -34,7 +34,6 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from talaria import logs
@@ -43,6 +42,7 @@ from talaria.engine import called, cancelled, hosts, lanes, logged, slots, stray
 from talaria.engine.aside import Aside
 from talaria.engine.due import MOST, Due, come, is_check
 from talaria.engine.heeding import HEED_S, heed, is_stop
+from talaria.engine.lost import LOST, going_on
 from talaria.engine.parts import RetrievalParts
 from talaria.engine.recovery import abandoned, settle, taken_over
 from talaria.engine.registry import CHECKS
@@ -67,8 +67,6 @@ CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 BUSY_S = 0.1  # between two looks while something is under way: what comes meanwhile is found at once
 READY_LANES = 2
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
-# The server, or the ledger's database, which may be busy or its disk full.
-LOST = (httpx.HTTPError, PrefectException, OSError, LedgerAway, sqlite3.OperationalError)
 logger = logging.getLogger("prefect.worker")
 
 
@@ -349,7 +347,7 @@ class Worker:
 
     def _do(self, work: Any) -> None:
         async def guarded() -> None:
-            with suppress(*LOST):
+            with going_on():
                 await work
 
         task = asyncio.create_task(guarded())
@@ -418,9 +416,9 @@ class Worker:
             self._check_waits = True  # an event may have been lost
             self._end_late()
             self._wake.set()
-            with suppress(*LOST):
-                await self._look()
-                await self._looking_back.look(self.client, self.ledger, self.pool)
+            for look in (self._look, partial(self._looking_back.look, self.client, self.ledger, self.pool)):
+                with going_on():
+                    await look()
             progress.clear(self.home, lambda run_id: run_id in map(str, self.active))
 
     async def _look(self) -> None:

@@ -95,14 +95,14 @@ class Job:
 
     @classmethod
     def load(cls, home: Home, flow_run_id: str, accessions: tuple[str, ...]) -> Job:
-        """Read a retrieval's state, or begin one."""
+        """Read a retrieval's state, or begin one, also where it is damaged: what was delivered is in the ledger."""
         folder = folder_of(home, flow_run_id)
         try:
-            document: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        except OSError:
+            known: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+            studies = {uid: Study(**one | {"stage": Stage(one["stage"])}) for uid, one in known.pop("studies").items()}
+            return cls(folder, studies=studies, **known)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls(folder, pending=list(accessions))
-        studies = {uid: Study(**one | {"stage": Stage(one["stage"])}) for uid, one in document.pop("studies").items()}
-        return cls(folder, studies=studies, **document)
 
     def save(self) -> None:
         """Save the state, whole or not at all.

@@ -193,6 +193,19 @@ def test_a_retrieval_whose_worker_dies_while_it_is_being_cancelled_has_ended(
 
 
 @pytest.mark.parametrize(
+    "damaged", ['""', "", "{", "{}", "[]", '{"studies": {"1": {}}}', '{"studies": [], "later": 1}']
+)
+def test_a_retrieval_whose_state_is_damaged_begins_anew(damaged: str) -> None:
+    """It ended the worker that looked after it, and the next one, and so on."""
+    home = Home.current()
+    begun = Job(folder_of(home, "run"))
+    begun.save()
+    (begun.folder / "job.json").write_text(damaged)
+    again = Job.load(home, "run", ("A1", "A2"))
+    assert again.pending == ["A1", "A2"] and not again.studies and not again.ended
+
+
+@pytest.mark.parametrize(
     ("made", "over"),
     [
         (Crashed, False),  # a process that lives takes it up
