@@ -15,6 +15,7 @@ from talaria.engine.leftovers import clear_staging
 from talaria.testing import studies
 from tasks import dicom_move, dicom_pull
 from tasks.checking import check_target
+from tasks.dicom import BOGUS
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.qr import FIND, GET, MOVE, Instance, Last, Request, Send, Steps, archive
@@ -175,7 +176,9 @@ def test_a_port_that_is_taken_is_said(port: int, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("TALARIA_SCP_PORT", str(peer.port))
         _, move = checked(peer.port, peer.aet)
         assert move.error == Misconfigured.__name__ and f"can't listen on 127.0.0.1, port {peer.port}" in move.detail
-        assert MoveDestination(AET, peer.port, "127.0.0.1") == dicom_pull.destination() and not peer.asked(GET)
+        assert MoveDestination(AET, peer.port, "127.0.0.1") == dicom_pull.destination()
+        # Whether C-GET is granted is asked by what doesn't exist: no instance was got instead.
+        assert {str(one.keys.StudyInstanceUID) for one in peer.asked(GET)} <= {BOGUS} and not peer.asked(MOVE)
 
 
 def test_a_node_of_patient_root_is_asked_in_the_character_set_that_it_reads(port: int) -> None:
