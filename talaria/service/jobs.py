@@ -254,11 +254,7 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
     ended = state is not None and state.is_final()
     document = await asyncio.to_thread(_retrieved, office, flow_run) if kind == "retrieval" and not ended else None
     document = document or await kept.read(office.client, flow_run.id)
-    if document is None:
-        with suppress(OSError):
-            document = json.loads(office.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
-    if document is None:
-        document = _nothing(flow_run, kind)
+    document = document or kept.here(office.home, str(flow_run.id)) or _nothing(flow_run, kind)
     return settled(flow_run, kind, document)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -23,6 +24,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
+
+from transfer.home import Home
 
 PART_CHARS = 1 << 18  # of one artifact's data: some 6,000 items, of which its request takes several copies
 PAGE = 20  # artifacts a request
@@ -46,6 +49,14 @@ async def keep(client: PrefectClient, flow_run_id: UUID, pieces: Iterable[bytes]
     for old in await _parts(client, flow_run_id) if again else ():
         if old.metadata_ and old.metadata_["set"] != mark["set"]:
             await client.delete_artifact(old.id)
+
+
+def here(home: Home, run_id: str) -> dict[str, Any] | None:
+    """Return the receipts of a run that this machine has; None if it has none, or only damaged ones."""
+    with suppress(OSError, ValueError):
+        document = json.loads(home.receipt(run_id).read_bytes())
+        return document if isinstance(document, dict) else None
+    return None
 
 
 def _compressed(pieces: Iterable[bytes]) -> tuple[str, str]:

@@ -154,15 +154,8 @@ async def receipts(client: PrefectClient, home: Home, run_id: str, *, here: bool
     Args:
         here: whether this host had its last part; else its file may be of an earlier one, and the server's comes first.
     """
-    found = _copy(home, run_id) if here else None
-    return found or await kept_receipts.read(client, UUID(run_id)) or _copy(home, run_id)
-
-
-def _copy(home: Home, run_id: str) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        document: dict[str, Any] = json.loads(home.receipt(run_id).read_bytes())
-        return document
-    return None
+    found = kept_receipts.here(home, run_id) if here else None
+    return found or await kept_receipts.read(client, UUID(run_id)) or kept_receipts.here(home, run_id)
 
 
 def save(home: Home, ledger: Ledger, run_id: str, rest: Rest) -> None:

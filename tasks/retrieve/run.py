@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,7 +23,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
 from blocks.dicom import DicomTarget
-from tasks.dispatch import audited, rest, running
+from tasks.dispatch import audited, kept, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.leaving import is_left
 from tasks.dispatch.looks import SLOT_S
@@ -492,8 +491,5 @@ def _has(study: Study, count: int) -> bool:
 
 
 def _targets(home: Home, dispatch: str) -> dict[str, str]:
-    try:
-        document = json.loads(home.receipt(dispatch).read_text(encoding="utf-8"))
-    except OSError:
-        return {}
-    return {name: str(one["state"]) for name, one in document["targets"].items()}
+    receipts = (kept.here(home, dispatch) or {}).get("targets", {})
+    return {name: str(one["state"]) for name, one in receipts.items()}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -84,10 +82,7 @@ class PrefectDispatching:
 
     async def _receipts(self, flow_run: FlowRun) -> dict[str, Any]:
         """Return a run's receipts, or the result of a retrieval: those on this machine, or else the server's."""
-        document: dict[str, Any] | None = None
-        with suppress(OSError, ValueError):
-            document = json.loads(self.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
-        return document or await kept.read(self.client, flow_run.id) or {}
+        return kept.here(self.home, str(flow_run.id)) or await kept.read(self.client, flow_run.id) or {}
 
 
 def _of_numbers(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

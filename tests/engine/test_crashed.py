@@ -24,6 +24,7 @@ from talaria.engine.runs import at_rest, retry
 from talaria.service.jobs import settled
 from talaria.testing import studies
 from tasks.crashed import TAKEN_UP_WITHIN
+from tasks.dispatch import kept
 from tasks.retrieve import ending
 from tasks.retrieve.job import Job, folder_of
 from tasks.sources.runs import PrefectDispatching
@@ -203,6 +204,19 @@ def test_a_retrieval_whose_state_is_damaged_begins_anew(damaged: str) -> None:
     (begun.folder / "job.json").write_text(damaged)
     again = Job.load(home, "run", ("A1", "A2"))
     assert again.pending == ["A1", "A2"] and not again.studies and not again.ended
+
+
+def test_damaged_receipts_are_none() -> None:
+    home = Home.current()
+    path = home.receipt("run")
+    path.parent.mkdir(exist_ok=True)
+    for damaged in ("", "{", "[]", '""'):
+        path.write_text(damaged)
+        assert kept.here(home, "run") is None
+    path.write_text('{"targets": {}}')
+    assert kept.here(home, "run") == {"targets": {}}
+    path.unlink()
+    assert kept.here(home, "run") is None
 
 
 @pytest.mark.parametrize(
