@@ -190,6 +190,12 @@ def is_saved(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
     monkeypatch.setattr(waiting, "loaded", loaded)
 
 
+def has_just_failed(resting: Resting, monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Save a target that could not be reached when somebody pushed to it."""
+    is_saved(monkeypatch, target)
+    breaker.failed(resting.ledger, target, Unreachable("no route"), "no route", pushed=True)
+
+
 @pytest.mark.parametrize("waits_for", ["answer", "slot"])
 def test_a_target_that_failed_is_tested_without_a_place_until_all_know_that_it_is_dead(
     resting: Resting, monkeypatch: pytest.MonkeyPatch, waits_for: str
@@ -199,8 +205,7 @@ def test_a_target_that_failed_is_tested_without_a_place_until_all_know_that_it_i
         DicomTarget(host="127.0.0.1", port=1, aet_target="PACS", retry_delay_s=900).named("away"),
         resting.ledger,
     )
-    is_saved(monkeypatch, target)
-    breaker.failed(ledger, target, Unreachable("no route"), "no route", pushed=True)
+    has_just_failed(resting, monkeypatch, target)
     alone, first, second = runs = [resting.run() for _ in range(3)]
     assert asyncio.run(resting.aside.chosen(runs)) == {run.id for run in runs}
     found = resting.look(alone)
@@ -222,8 +227,7 @@ def test_one_of_those_that_wait_tests_it_and_the_next_is_called(
     resting: Resting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, ledger = FolderTarget(folder=str(tmp_path)).named("away"), resting.ledger
-    is_saved(monkeypatch, target)
-    breaker.failed(ledger, target, Unreachable("no route"), "no route", pushed=True)
+    has_just_failed(resting, monkeypatch, target)
     first, second = resting.run(), resting.run()
     with breaker.testing(Home(tmp_path), ledger, target) as mine:  # another worker
         assert mine
@@ -238,8 +242,7 @@ def test_a_worker_that_ends_leaves_a_test_that_hangs(
     resting: Resting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, ledger = FolderTarget(folder=str(tmp_path)).named("away"), resting.ledger
-    is_saved(monkeypatch, target)
-    breaker.failed(ledger, target, Unreachable("no route"), "no route", pushed=True)
+    has_just_failed(resting, monkeypatch, target)
     run, behind, free = resting.run(), str(uuid4()), threading.Event()
     ledger.waits.join(breaker.queue(target), behind, ledger.now() + 1, ledger.now() + 60)
 
@@ -266,8 +269,7 @@ def test_what_has_one_attempt_begins_for_it_and_ends_with_a_receipt(
     resting: Resting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = DicomTarget(host="127.0.0.1", port=1, aet_target="PACS", max_attempts=1).named("away")
-    is_saved(monkeypatch, target)
-    breaker.failed(resting.ledger, target, Unreachable("no route"), "no route", pushed=True)
+    has_just_failed(resting, monkeypatch, target)
     assert resting.look(resting.run()) is None and breaker.read(resting.ledger, target).failures == 1
 
 

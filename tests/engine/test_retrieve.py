@@ -14,7 +14,7 @@ from tasks.retrieve.job import size_of
 from tests.engine.material import FAST, files, folder, go_on, later, placed, source, study
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import orthanc
-from tests.servers.qr import FIND, GET, Instance, Last, Request, Send, Steps, archive, sends
+from tests.servers.qr import FIND, GET, Holding, Instance, Last, Request, Send, Steps, archive, sends
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(900)
@@ -214,25 +214,18 @@ def test_a_search_as_a_run_lists_uids_and_no_patient(up: Talaria) -> None:
 
 
 def test_a_search_as_a_run_waits_for_a_slot_of_its_source(up: Talaria, tmp_path: Path) -> None:
-    held, go_on = threading.Event(), threading.Event()
-
-    def script(request: Request, found: list[Instance]) -> Steps:
-        held.set()
-        if not go_on.wait(120):
-            raise AssertionError("nobody let it go on")
-        return sends(found)
-
-    with archive(study("W1"), on_get=script) as peer:
+    held = Holding()
+    with archive(study("W1"), on_get=held) as peer:
         up.apply(one_slot=source(peer, max_dispatches=1))
         deployment = up.api("GET", "/deployments/name/find/talaria")
         fetch = up.told("retrieve", "one-slot", "--accession", "W1", "--into", str(tmp_path / "into"), "--no-wait")
-        assert held.wait(120)
+        assert held.asked.wait(120)
         asked = len(peer.asked(FIND))
         parameters = {"source": "one-slot", "accessions": "W1"}
         run = up.api("POST", f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)
         up.until(lambda: "a slot at one-slot" in (up.run(run["id"])["state"]["message"] or ""), 60)
         assert up.run(run["id"])["state_name"] == "AwaitingRetry" and len(peer.asked(FIND)) == asked
-        go_on.set()
+        held.go_on.set()
         up.until(lambda: up.run(run["id"])["state_type"] == "COMPLETED", 60)
         assert up.run(run["id"])["state"]["message"] == "1 study at one-slot"
         up.until(lambda: up.run(fetch["flow_run_id"])["state_type"] == "COMPLETED", 60)
@@ -264,23 +257,16 @@ def test_a_retrieval_s_form_with_the_obvious_fields_only(up: Talaria, tmp_path: 
 
 
 def test_a_pause_ends_after_the_running_series_and_resume_goes_on_there(up: Talaria, tmp_path: Path) -> None:
-    held, go_on = threading.Event(), threading.Event()
-
-    def script(request: Request, found: list[Instance]) -> Steps:
-        held.set()
-        if not go_on.wait(120):
-            raise AssertionError("nobody let it go on")
-        return sends(found)
-
-    with archive(study("D1", series=3), on_get=script) as peer:
+    held = Holding()
+    with archive(study("D1", series=3), on_get=held) as peer:
         up.apply(src=source(peer, concurrency=1))
         queued = up.told("retrieve", "src", "--accession", "D1", "--into", str(tmp_path / "into"), "--no-wait")
         run_id = queued["flow_run_id"]
-        assert held.wait(120)
+        assert held.asked.wait(120)
         assert up.told("jobs", "pause", run_id)["action"] == "pausing"
         # The worker looks once a second; the series goes on until then and beyond.
         up.until(lambda: up.run(run_id)["state_name"] == "Pausing")
-        threading.Timer(3, go_on.set).start()
+        threading.Timer(3, held.go_on.set).start()
         up.until(lambda: up.run(run_id)["state_name"] == "Paused", 120)
         assert len(peer.asked(GET)) == 1 and not (tmp_path / "into" / "D1").exists()
         assert up.told("jobs", "show", run_id)["state"] == "paused"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from talaria.testing import studies
 from tests.engine.material import files, folder, go_on, later, placed, source, study
-from tests.servers.qr import GET, Instance, Request, Steps, archive, sends
+from tests.servers.qr import GET, Holding, Instance, archive
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -111,25 +110,18 @@ def test_a_retrieval_that_is_cancelled_takes_what_waits_with_it_and_a_retry_send
 def test_a_retrieval_rests_while_another_has_its_source_and_comes_when_that_one_has_gone(
     up: Talaria, tmp_path: Path
 ) -> None:
-    held, let_go = threading.Event(), threading.Event()
-
-    def script(request: Request, found: list[Instance]) -> Steps:
-        held.set()
-        if not let_go.wait(240):
-            raise AssertionError("nobody let it go on")
-        return sends(found)
-
-    with archive([*study("Y1", series=1), *study("Y2", series=1)], on_get=script) as peer:
+    held = Holding(240)
+    with archive([*study("Y1", series=1), *study("Y2", series=1)], on_get=held) as peer:
         up.apply(src=source(peer, concurrency=1, max_dispatches=1, idle_timeout_s=300))
         asked = [
             ["retrieve", "src", "--accession", number, "--into", str(tmp_path / "into")] for number in ("Y1", "Y2")
         ]
         first = up.told(*asked[0], "--no-wait")["flow_run_id"]
-        assert held.wait(120)
+        assert held.asked.wait(120)
         second = up.told(*asked[1], "--no-wait")["flow_run_id"]
         rests(up, second)
         assert "a slot at src" in up.run(second)["state"]["message"]
-        let_go.set()
+        held.go_on.set()
         up.until(lambda: [up.run(one)["state_type"] for one in (first, second)] == ["COMPLETED"] * 2, 60)
         assert placed(tmp_path / "into").keys() == {"Y1", "Y2"}
 

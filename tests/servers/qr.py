@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,6 +159,27 @@ def sends(instances: Sequence[Instance], *, pending: bool = True) -> list[Send |
         if pending and number < len(instances):
             steps.append(Last(0xFF00, number, 0, 0, len(instances) - number))
     return [*steps, Last(0, len(instances), 0, 0)]
+
+
+class Holding:
+    """The steps of retrievals in which all goes well, once somebody lets them go on.
+
+    Args:
+        seconds: in which somebody has to.
+
+    Attributes:
+        asked: set when there is such a request.
+        go_on: to be set.
+    """
+
+    def __init__(self, seconds: float = 120) -> None:
+        self.asked, self.go_on, self._seconds = threading.Event(), threading.Event(), seconds
+
+    def __call__(self, request: Request, found: list[Instance]) -> Steps:
+        self.asked.set()
+        if not self.go_on.wait(self._seconds):
+            raise AssertionError("nobody let it go on")
+        return sends(found)
 
 
 @contextmanager
