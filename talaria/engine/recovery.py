@@ -188,7 +188,7 @@ async def elsewhere(client: PrefectClient, flow_run: FlowRun, *, online: bool) -
         online: count only one that sends heartbeats.
     """
     name = await _taker(client, flow_run)
-    if not name or name.rpartition("-")[0] == host_name():
+    if not name or _is_here(name):
         return False
     from talaria.engine.registry import workers  # imports every driver, and every command imports this module
 
@@ -197,7 +197,12 @@ async def elsewhere(client: PrefectClient, flow_run: FlowRun, *, online: bool) -
 
 def _ended_here(ledger: Ledger, run_id: str, taker: str) -> bool:
     """Return True if a run's last part ended under our ledger, which knows then that nobody is at work on it."""
-    return ledger.runs.is_over(run_id) and (ledger.shared or taker.rpartition("-")[0] == host_name())
+    return ledger.runs.is_over(run_id) and (ledger.shared or _is_here(taker))
+
+
+def _is_here(name: str) -> bool:
+    """Return True if a worker of this name is, or was, this host's."""
+    return name.rpartition("-")[0] == host_name()
 
 
 async def _taker(client: PrefectClient, flow_run: FlowRun) -> str:
