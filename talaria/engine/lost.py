@@ -18,14 +18,17 @@ logger = logging.getLogger("prefect.worker")
 
 
 @contextmanager
-def going_on() -> Iterator[None]:
+def going_on(words: str = "a look of this worker failed: it goes on, and looks again") -> Iterator[None]:
     """Go on after the block, whatever it raises: it is made again later, and what is no loss of a server is logged.
 
     Else one run, or one file of it that is damaged, would end each worker, which finds it again as soon as it is back.
+
+    Args:
+        words: to log it with.
     """
     try:
         yield
     except LOST:
         pass
     except Exception:
-        logger.exception("a look of this worker failed: it goes on, and looks again")
+        logger.exception(words)

@@ -173,11 +173,8 @@ class Worker:
     async def _begin(self, found: list[FlowRun], places: int, asked: float) -> int:
         """Begin as many runs as there are places for, and those that need none; return how many."""
         aside = set[UUID]()
-        try:
+        with going_on("it can't be told which runs need no place: all take one"):
             aside = await self._aside.chosen(found)
-        except Exception as exc:  # else one run would end the worker, which would find it again as soon as it is back
-            if not isinstance(exc, LOST):
-                logger.exception("it can't be told which runs need no place: all take one")
         room, before = CHECKS_AT_ONCE - len(self._checks), len(self.active)
         for flow_run in found:
             self._awaited.pop(flow_run.id, None)
