@@ -23,10 +23,26 @@ from transfer.outcome import Kind
 from transfer.receipt import PushReport, Receipt, State
 
 R = TypeVar("R")
+Watch = Callable[[Path, Callable[[], None]], Callable[[int], None]]
 BATCH = 500  # accession numbers in one search
 PARTIAL_TRIES = 2  # a source that gave less than it announced twice will do so again
 SLICE_S = 0.25
 PASSED_OVER = "not asked for, as nothing came of other studies"
+
+
+class _Either(threading.Event):
+    """Set where it, or another event, is."""
+
+    def __init__(self, other: threading.Event) -> None:
+        super().__init__()
+        self._other = other
+
+    def is_set(self) -> bool:
+        return self.by_itself or self._other.is_set()
+
+    @property
+    def by_itself(self) -> bool:
+        return super().is_set()
 
 
 class Fetcher:
@@ -42,6 +58,8 @@ class Fetcher:
     ) -> None:
         self.source, self.filters, self.job = source, filters, job
         self.cancelled, self.paused = cancelled, paused
+        self._halt = _Either(paused)
+        self._moved: Callable[[int], None] = lambda count: None
         self.driver = DRIVERS.of(source)
         self.quiet = Quiet(source)
         self._in_vain = ""  # why nothing came of the last study that was asked for as often as allowed
@@ -50,7 +68,12 @@ class Fetcher:
         self.unread_about = frozenset[str]()  # what of it is known to be there, in lower case; empty if anything may be
 
     def report(self) -> PushReport:
-        return PushReport(cancelled=self.cancelled, pausing=self.paused)
+        return PushReport(cancelled=self.cancelled, pausing=self._halt, moved=self._moved)
+
+    @property
+    def halted(self) -> bool:
+        """Whether the last study that was fetched is to be gone on with when there is room for it."""
+        return self._halt.by_itself
 
     def patiently(self, work: Callable[[], R]) -> R:
         """Do some work, with as many attempts as the source's settings allow.
@@ -68,13 +91,13 @@ class Fetcher:
             except Retryable as exc:
                 attempt += 1
                 lost = isinstance(exc, NothingCame)  # which takes the source's idle timeout each time
-                if attempt > (1 if lost and self._in_vain else self.source.max_attempts) or self.paused.is_set():
+                if attempt > (1 if lost and self._in_vain else self.source.max_attempts) or self._halt.is_set():
                     raise
                 self._wait(delay_before(attempt, self.source, exc))
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not self.paused.is_set():
+        while (left := end - time.monotonic()) > 0 and not self._halt.is_set():
             self.report().check()
             time.sleep(min(left, SLICE_S))
 
@@ -196,12 +219,17 @@ class Fetcher:
         study.stage, study.reason = Stage.FAILED, f"{PASSED_OVER}: {self._in_vain}"
         return True
 
-    def fetch(self, study: Study, folder: Path) -> None:
-        """Fetch a study into a folder; `study` keeps the result. A pause leaves it as it is.
+    def fetch(self, study: Study, folder: Path, watch: Watch = lambda folder, halt: lambda count: None) -> None:
+        """Fetch a study into a folder; `study` keeps the result. A pause leaves it as it is, and so does a halt.
+
+        Args:
+            watch: returns what is called with each count of bytes that come, and may call for a halt after the series.
 
         Raises:
             Cancelled: somebody asked for it. DiskFull: there is no room; what came is kept.
         """
+        self._halt.clear()
+        self._moved = watch(folder, self._halt.set)
         before, _ = size_of(folder)
         try:
             self._fetch_all(study, folder)
@@ -223,7 +251,7 @@ class Fetcher:
             except (Cancelled, DiskFull):
                 raise
             except DispatchError as exc:
-                if self.paused.is_set() and exc.retryable:
+                if self._halt.is_set() and exc.retryable:
                     return
                 here, _ = size_of(folder)
                 study.stage, study.reason = (Stage.PARTIAL if here else Stage.FAILED), exc.message
@@ -235,7 +263,7 @@ class Fetcher:
                 get_run_logger().exception("study %s could not be fetched", study.study)
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
                 return
-            if receipt.state is State.DELIVERED or self.paused.is_set() or attempt == PARTIAL_TRIES:
+            if receipt.state is State.DELIVERED or self._halt.is_set() or attempt == PARTIAL_TRIES:
                 break
             self._wait(delay_before(attempt + 1, self.source, None))
         self._judge(study, folder, receipt)
@@ -261,7 +289,7 @@ class Fetcher:
         study.missing = receipt.unsent + receipt.counts[Kind.REJECTED]
         if receipt.state is State.DELIVERED:
             study.stage, study.reason = Stage.WHOLE, ""
-        elif not self.paused.is_set():
+        elif not self._halt.is_set():
             study.stage = Stage.PARTIAL if study.instances else Stage.FAILED
             words = f"{study.instances} of {study.instances + study.missing} instances came, {study.missing} missing"
             study.reason = "; ".join([words, *receipt.notes])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.moving import check_into, is_moved, move_into
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, sentence, state_of
+from tasks.retrieve.room import Room
 from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
 from tasks.targets import check_destination, check_source, load
@@ -51,7 +51,6 @@ from transfer.nearby import name_of, spool_in
 R = TypeVar("R")
 Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
 
-SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
 DISPATCHES = 2  # studies that are handed on at once
 GRACE_S = 4.0  # for a driver to stop by itself when the run is cancelled
 HELD_S = 600.0  # for which a run waits in its worker for the next study; longer, and it gives its place back
@@ -76,7 +75,7 @@ class Retrieval:
         self.job.spool = str(inside or self.job.spool)
         self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
-        self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
+        self._room_for = Room(self._folders)
         self._senders = asyncio.Semaphore(at_once)
         self._handing_on: dict[str, asyncio.Task[None]] = {}  # by study
         self._turn = Turn(source, flow_run_id, self.job, home, wish.priority)
@@ -155,7 +154,9 @@ class Retrieval:
                 self._begin_to_hand_on(study)
 
     async def _fetch_one(self, study: Study, folder: Path) -> None:
-        """Fetch a study; on a full disk, go on as soon as others that are sent on have made room, or end the fetching.
+        """Fetch a study; where spool or disk are full, go on as soon as others that are sent on have made room.
+
+        A disk that nothing makes room on ends the fetching.
 
         Raises:
             DispatchCancelled: somebody asked for it.
@@ -163,8 +164,11 @@ class Retrieval:
         while not self._full and not self._stopped():
             others = set(self._handing_on.values())
             try:
-                await self._in_a_slot(partial(self.fetcher.fetch, study, folder))
-                break
+                await self._in_a_slot(partial(self.fetcher.fetch, study, folder, self._room_for.watch))
+                if study.stage is not Stage.FOUND or not self.fetcher.halted:
+                    break
+                if not await self._room(study) or self._held_up():
+                    break
             except DiskFull as exc:
                 await self._turn.give_back()
                 if others and others <= set(self._handing_on.values()):  # none of them has ended meanwhile
@@ -221,7 +225,7 @@ class Retrieval:
         Returns:
             False if what fills it waits for a target.
         """
-        while self._held(study) >= self._limit and not self._stopped():
+        while self._room_for.is_full(self._folder(study)) and not self._stopped():
             if not self._handing_on:
                 if not self._drop():
                     # Else it is filled by what an earlier run left of others, whose turn comes.
@@ -229,11 +233,6 @@ class Retrieval:
                 continue
             await self._one_is_handed_on()
         return True
-
-    def _held(self, study: Study) -> int:
-        """Return how many bytes of other studies have been fetched and are still here."""
-        own = self._folder(study)
-        return sum(size_of(folder)[1] for folder in self._folders.glob("*") if folder != own)
 
     def _drop(self) -> bool:
         """Delete the files of one failed study, to make room; a retry then fetches them again."""

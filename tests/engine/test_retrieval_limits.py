@@ -153,6 +153,62 @@ def test_fetching_waits_for_sending_where_the_spool_is_full(monkeypatch: pytest.
     assert not list(one._folders.iterdir())
 
 
+def in_three_series(accession: str) -> list[bytes]:
+    uid = studies.uid()
+    return [studies.encoded(studies.dataset(study=uid, AccessionNumber=accession)) for _ in range(3)]
+
+
+ONE_AND_A_HALF = len(studies.encoded(studies.dataset())) * 3 // 2  # bytes of instances
+
+
+def test_a_study_that_fills_the_spool_while_it_comes_stops_after_its_series_until_others_are_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TALARIA_SPOOL_LIMIT", str(ONE_AND_A_HALF))
+    halted, fetched = asyncio.Event(), list[int]()
+    really = Retrieval._room
+
+    async def room(self: Retrieval, study: Study) -> bool:
+        if self.fetcher.halted:
+            halted.set()
+        return await really(self, study)
+
+    async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        if not fetched:
+            await halted.wait()
+            await asyncio.sleep(3 * engine.LOOK_S)
+        fetched.append(len(peer.asked(GET)))
+        return Completed()
+
+    monkeypatch.setattr(Retrieval, "_room", room)
+    with archive([*study("S1", 1), *in_three_series("S2")]) as peer:
+        one = made(peer, send, numbers="S1 S2", source_fields={"concurrency": 1})
+        asyncio.run(asyncio.wait_for(one.run(), 60))
+        assert stages(one) == dict.fromkeys(("S1", "S2"), Stage.DELIVERED)
+        # S2 is alone then, and goes on though it is larger than the spool.
+        assert fetched == [2, 4] and len({str(each.keys.SeriesInstanceUID) for each in peer.asked(GET)}) == 4
+
+
+def test_a_study_that_fills_the_spool_beside_what_waits_for_a_target_goes_on_when_that_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TALARIA_SPOOL_LIMIT", str(ONE_AND_A_HALF))
+    opening = datetime.now(UTC) + timedelta(hours=2)
+
+    async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        return AwaitingRetry(scheduled_time=opening, message="the window opens at ten")
+
+    with archive([*study("S1", 1), *in_three_series("S2")]) as peer:
+        one = made(peer, send, numbers="S1 S2", source_fields={"concurrency": 1})
+        asyncio.run(asyncio.wait_for(one.run(), 60))
+        assert stages(one) == {"S1": Stage.WHOLE, "S2": Stage.FOUND} and goes_on(one) == opening
+        assert len(peer.asked(GET)) == 2
+        later = made(peer, numbers="S1 S2", source_fields={"concurrency": 1})
+        asyncio.run(asyncio.wait_for(later.run(), 60))
+        assert stages(later) == dict.fromkeys(("S1", "S2"), Stage.DELIVERED)
+        assert len(peer.asked(GET)) == 4
+
+
 def test_what_waits_for_a_target_fills_the_spool_and_the_run_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TALARIA_SPOOL_LIMIT", "1")
     opening = datetime.now(UTC) + timedelta(hours=2)
