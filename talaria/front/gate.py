@@ -26,7 +26,7 @@ from talaria.front.changed import change_for, changed
 from talaria.front.dress import dressed, safe_host
 from talaria.front.keys import Door, KeyRing, header_of
 from talaria.front.lasting import STILL, run_while
-from talaria.front.origin import host_is_ours, proves_same_origin, why_foreign
+from talaria.front.origin import forwarded_for, host_is_ours, proves_same_origin, why_foreign
 from talaria.front.plain import refusal, wants_page
 from talaria.listener import is_loopback
 
@@ -126,6 +126,8 @@ class Gate:
             self._admit(scope, asker, Role.VIEWER if need is None else need)
             passed = {**scope, SCOPE_KEY: who, "talaria.secure": asker.secure, "talaria.local": asker.local}
             passed["talaria.cookie"] = asker.cookie
+            if self.door.peers and not inner and (address := forwarded_for(scope["headers"])):
+                passed["client"] = (address, 0)  # who is behind the proxy, not the proxy, which is that of all
             if who.role < Role.WORKER and not bounds_body(route):
                 receive = _bounded(scope["headers"], receive)
             if not is_own(path):

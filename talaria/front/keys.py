@@ -92,11 +92,13 @@ class KeyRing:
 
     def of_login(self, name: str, password: str, *, local: bool) -> Identity | None:
         """Return the identity that a login proves, or None; without a name, the password is the machine's token."""
-        password = password.strip()
-        if not name.strip() or _same(f"{name.strip()}:{password}", self._machine):
-            text = password if ":" in password or not name.strip() else f"{name.strip()}:{password}"
-            return self.of_text(text, local=local)
-        return self.users.verify(name.strip(), password)
+        name, text = (
+            name.strip(),
+            password.strip(),
+        )  # blanks are of a password, not of the token
+        if not name or _same(f"{name}:{text}", self._machine):
+            return self.of_text(text if ":" in text or not name else f"{name}:{text}", local=local)
+        return self.users.verify(name, password)
 
     def session_for(self, one: Identity) -> str | None:
         """Return the cookie of a new session; None for the worker and for tokens, which need none."""

@@ -1,5 +1,5 @@
-"""Which requests come from our own pages: Host is checked against DNS rebinding, Origin and Sec-Fetch-Site against
-other sites."""
+"""Where requests come from. Which of them are of our own pages: Host is checked against DNS rebinding, Origin and
+Sec-Fetch-Site against other sites. And from which address, behind a proxy."""
 
 from __future__ import annotations
 
@@ -53,6 +53,22 @@ def proves_same_origin(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Return True if the browser says that one of our pages sent the request; `why_foreign` has compared Origin."""
     headers = list(headers)
     return header_of(headers, b"origin") is not None or header_of(headers, b"sec-fetch-site") == "same-origin"
+
+
+def forwarded_for(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the address that a proxy's `X-Forwarded-For` names; "" for none.
+
+    It is the last one: that is what our proxy has seen itself. Those before it are what it was told.
+    """
+    named = [value for key, value in headers if key == b"x-forwarded-for"]
+    last = named[-1].decode("latin-1").rpartition(",")[2].strip().strip('"') if named else ""
+    for one in (last, last.rpartition(":")[0], last.partition("]")[0].removeprefix("[")):  # some add a port
+        try:
+            address = ipaddress.ip_address(one.partition("%")[0])
+        except ValueError:
+            continue
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return ""
 
 
 def _is_origin(origin: str, host: str | None, schemes: tuple[str, ...]) -> bool:

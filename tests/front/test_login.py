@@ -192,6 +192,43 @@ def test_logins_are_limited_by_name_and_by_address(door: FrontDoor) -> None:
     assert ("login refused", "anna", "127.0.0.1") in door.heard
 
 
+def test_behind_a_proxy_who_fails_to_log_in_closes_the_login_for_no_other(tmp_path: Path) -> None:
+    door = FrontDoor(tmp_path / "home", hosts=frozenset({"talaria.example"}), peers=("10.0.0.0/24",))
+    door.keys.users.add("anna", Role.OPERATOR, PASSWORD)
+
+    async def case() -> None:
+        async with door.browser("10.0.0.9", "http://talaria.example") as client:
+
+            async def attempt(forwarded: str, user: str, password: str = "wrong") -> int:
+                headers = {"Origin": "https://talaria.example", "X-Forwarded-For": forwarded}
+                form = {"user": user, "password": password}
+                return (await client.post("/talaria/login", data=form, headers=headers)).status_code
+
+            for number in range(FROM_ONE_ADDRESS):  # they may write what they like before what the proxy has seen
+                assert await attempt(f"192.0.2.{number + 50}, 192.0.2.1", f"nobody{number}") == 401
+            for same in ("192.0.2.1", "192.0.2.1:50123", "::ffff:192.0.2.1", "192.0.2.2,[::ffff:192.0.2.1]:5"):
+                assert await attempt(same, "ben") == 429
+            assert await attempt("192.0.2.1, 192.0.2.2", "anna", PASSWORD) == 303
+            assert await attempt("2001:db8::7%eth0", "ben") == await attempt("[2001:db8::7]:5", "ben") == 401
+            assert await attempt("unknown", "ben") == 401
+
+    run(case)
+    assert ("login refused", "nobody7", "192.0.2.1") in door.heard and ("login", "anna", "192.0.2.2") in door.heard
+    assert [address for _, name, address in door.heard[-3:] if name == "ben"] == ["2001:db8::7"] * 2 + ["10.0.0.9"]
+
+
+def test_without_a_proxy_nobody_says_from_where_they_come(door: FrontDoor) -> None:
+    async def case() -> None:
+        async with door.browser() as client:
+            for number in range(FROM_ONE_ADDRESS):
+                client.headers["X-Forwarded-For"] = f"192.0.2.{number}"
+                assert (await log_in(client, f"nobody{number}", "wrong")).status_code == 401
+            assert (await log_in(client, "ben", "wrong")).status_code == 429
+
+    run(case)
+    assert {address for _, _, address in door.heard} == {"127.0.0.1"}
+
+
 def test_attempts_are_forgotten_with_time_and_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     attempts = Attempts(lambda: now[0])
@@ -206,6 +243,19 @@ def test_attempts_are_forgotten_with_time_and_do_not_pile_up(monkeypatch: pytest
     for number in range(50):
         attempts.begin(f"address {number}", f"name {number}")
     assert len(attempts._failed) == 10
+
+
+@pytest.mark.parametrize("password", [" correct horse battery", "correct horse battery\t", "  correct  battery "])
+def test_blanks_at_the_ends_of_a_password_are_of_it(door: FrontDoor, password: str) -> None:
+    door.keys.users.add("ben", Role.VIEWER, password)
+
+    async def case() -> None:
+        async with door.browser() as client:
+            assert (await log_in(client, "ben", password)).status_code == 303
+            client.cookies.clear()
+            assert (await log_in(client, "ben", password.strip())).status_code == 401
+
+    run(case)
 
 
 def test_a_login_is_no_form_of_any_size(door: FrontDoor) -> None:
