@@ -90,7 +90,10 @@ class Forwarder:
         position = self._position()
         try:
             with open(self.trail.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size <= position:
+                size = os.fstat(file.fileno()).st_size
+                if size < position:  # somebody has put the trail away: this is another one
+                    position = 0
+                if size == position:
                     return False
                 file.seek(position)
                 piece = file.read(BATCH_BYTES)

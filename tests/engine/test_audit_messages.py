@@ -247,6 +247,18 @@ def test_what_was_recorded_before_is_sent_by_the_next_one(home: Home, server: Rs
         waited(lambda: counts(server) == ["t0", "t1"])
 
 
+def test_a_trail_that_is_begun_anew_is_sent_from_its_beginning(home: Home, server: Rsyslog) -> None:
+    for name in ("t0", "t1"):
+        record(Event.TARGET_REMOVED, "anna", target=name)
+    with forwarding(home):
+        waited(lambda: counts(server) == ["t0", "t1"])
+        trail = Trail(home)
+        waited(lambda: Path(trail.folder, "forwarded").read_text() == str(Path(trail.path).stat().st_size))
+        Path(trail.path).rename(home.root / "put away")
+        record(Event.TARGET_REMOVED, "anna", target="t2")
+        waited(lambda: counts(server) == ["t0", "t1", "t2"])
+
+
 def test_a_server_that_is_not_trusted_gets_nothing(
     tmp_path: Path, home: Home, server: Rsyslog, caplog: pytest.LogCaptureFixture
 ) -> None:
