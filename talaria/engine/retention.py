@@ -177,9 +177,19 @@ def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: floa
     forget(home, age, open_runs, failed_age, shared_age)
     for log in (home.root / "logs").glob("*.log"):
         if log.stat().st_size > LOG_BYTES:
-            shutil.copyfile(log, log.with_suffix(".log.1"))
-            log.with_suffix(".log.1").chmod(0o600)
-            os.truncate(log, 0)  # who writes it appends, and goes on
+            _begin_anew(log)
+
+
+def _begin_anew(log: Path) -> None:
+    """Keep a log beside itself, where there is room for that, and empty it: who writes it appends, and goes on."""
+    before = log.with_suffix(".log.1")
+    try:
+        shutil.copyfile(log, before)
+        before.chmod(0o600)
+    except OSError as exc:  # the disk is full, likely: this gives some of it back
+        logger.warning("%s is begun anew without a copy of it: %s", log.name, exc.strerror)
+        before.unlink(missing_ok=True)
+    os.truncate(log, 0)
 
 
 async def unfinished(client: httpx.AsyncClient | PrefectClient) -> set[str]:

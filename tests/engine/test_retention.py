@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -244,6 +246,30 @@ def test_a_long_log_begins_anew(home: Home, monkeypatch: pytest.MonkeyPatch) -> 
         asyncio.run(retention.tidy(home, DAY_S, 1 << 30, ()))
         writer.write(b"second\n")
     assert log.read_bytes() == b"second\n" and log.with_name("server.log.1").read_bytes() == b"first line\n"
+
+
+def test_where_there_is_no_room_for_a_long_log_all_the_rest_is_cleared(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, goal: Path) -> None:
+        goal.write_bytes(source.read_bytes()[:4])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def vacuum(age: float, keep: Any) -> None:
+        cleared.append(age)
+
+    cleared = list[float]()
+    monkeypatch.setattr(retention, "LOG_BYTES", 10)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    logs = [home.root / "logs" / f"{name}.log" for name in ("server", "worker")]
+    for log in logs:
+        log.write_bytes(b"a long line\n")
+    asyncio.run(retention.tidy(home, DAY_S, 1 << 30, (), vacuum))
+    assert cleared == [DAY_S]
+    assert [(one.name, one.stat().st_size) for one in sorted((home.root / "logs").iterdir())] == [
+        ("server.log", 0),
+        ("worker.log", 0),
+    ]
 
 
 def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
