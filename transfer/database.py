@@ -36,6 +36,7 @@ KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
 # What a ledger raises whose database is away, or whose disk is: nothing that it is asked says that it is wrong.
 LOST = (DispatchError, OSError, sqlite3.Error)
 NO_ROOM = "the disk of the state directory is full: nothing can be noted there"
+HELD = f"another process has held the ledger's database for more than {BUSY_S} seconds"
 LEASE_S = 30.0  # how long a host's runs are its own without a word of it, unless TALARIA_LEASE says otherwise
 
 
@@ -121,7 +122,7 @@ class Sqlite:
 
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged. LedgerFull: there is no room for it.
-        Misconfigured: it was made by a newer Talaria.
+        LedgerAway: another process has held it for BUSY_S. Misconfigured: it was made by a newer Talaria.
     """
 
     NOW = "((julianday('now') - 2440587.5) * 86400.0)"
@@ -142,8 +143,10 @@ class Sqlite:
             self._write_ahead()
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._set_up(tables)
-        except BaseException:
+        except BaseException as exc:
             self._db.close()
+            if away := _passes(exc):
+                raise away from exc
             raise
 
     def _write_ahead(self) -> None:
@@ -177,9 +180,9 @@ class Sqlite:
             try:
                 return self._db.execute(statement, parameters)
             except sqlite3.OperationalError as exc:
-                if getattr(exc, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
-                    raise
-                raise LedgerFull(NO_ROOM) from exc
+                if away := _passes(exc):
+                    raise away from exc
+                raise
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -310,6 +313,14 @@ class Postgresql:
             held, self._held = self._held, None
             if held is not None:
                 held.close()
+
+
+def _passes(exc: BaseException) -> LedgerAway | None:
+    """Return what an error of SQLite's is that time mends; None for another one."""
+    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return LedgerFull(NO_ROOM)
+    return LedgerAway(HELD) if code == sqlite3.SQLITE_BUSY else None
 
 
 def opened(where: Path | str, tables: Tables) -> Database:

@@ -166,7 +166,8 @@ REMEDIES: dict[type[DispatchError], str] = {
     Busy: "Wait and test again; if it stays so, let fewer dispatches or connections go there at once.",
     DiskFull: "Make room where it is written, on the machine that receives it.",
     Interrupted: "Test again; if it breaks each time, look into the log of the other side and at firewalls between.",
-    LedgerAway: "Look whether the database that TALARIA_LEDGER names runs, takes connections, and has any to spare.",
+    LedgerAway: "Look whether the database that TALARIA_LEDGER names runs, takes connections, and has any to spare; "
+    "where it is a file, whether another program has it open, and how fast its disk is.",
     LedgerFull: "Make room on the disk of the state directory (TALARIA_HOME).",
     Misconfigured: "Correct the settings of the target.",
     NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "

@@ -28,7 +28,7 @@ from tests.servers.postgresql import PostgreSql
 from transfer import database, lease
 from transfer.confirmed import Spot
 from transfer.deliveries import Standing
-from transfer.errors import DispatchError, LedgerFull, Misconfigured
+from transfer.errors import DispatchError, LedgerAway, LedgerFull, Misconfigured
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, ELSEWHERE, Kind, Outcome
 from transfer.plan import Item, Plan, scan
@@ -89,6 +89,24 @@ def test_a_full_disk_is_said_and_what_follows_is_kept(tmp_path: Path) -> None:
         ledger._db.execute(f"PRAGMA max_page_count={pages + 1000}")
         ledger.record("d2", "pacs", "e", ITEMS[0], DELIVERED)
         assert other.outcomes("d2", "pacs", ITEMS) == {"a/0.dcm": DELIVERED}
+
+
+def test_a_file_that_another_program_holds_is_away_for_that_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.05)
+    with Ledger(path) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerAway, match="another process has held"):
+            ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        with pytest.raises(LedgerAway), ledger.together():
+            ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        other.execute("PRAGMA user_version=0")  # an old one, which is to be brought up to date
+        other.execute("COMMIT")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerAway):
+            Ledger(path)
+        other.execute("ROLLBACK")
+        ledger.record("d", "pacs", "e", ITEMS[1], DELIVERED)
+        assert ledger.outcomes("d", "pacs", ITEMS) == {"a/1.dcm": DELIVERED}
 
 
 def test_which_instances_a_target_has_confirmed_where_it_is(where: Path | str) -> None:
