@@ -92,9 +92,10 @@ def _authorizer(target: DicomWebTarget, trust: tls.Tls) -> Authorizer | None:
         return Fixed.bearer(target.access_token.get_secret_value())
     if target.token_url:
         secret = target.client_secret.get_secret_value()
-        return _credentials(
-            target.token_url, target.client_id, secret, target.scope, _origin(target, target.token_url, trust)
-        )
+        origin = _origin(target, target.token_url, trust)
+        shared = _credentials(target.token_url, target.client_id, secret, target.scope, origin)
+        shared.origin = origin  # it is the same server, but holds no certificates that have been renewed since
+        return shared
     return None
 
 

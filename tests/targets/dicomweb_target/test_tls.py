@@ -89,6 +89,26 @@ def test_tls_not_trusted(ca: Authority, plan: Plan, tmp_path: Path, kind: str) -
         assert not server.requests
 
 
+def test_a_token_is_fetched_with_certificates_that_have_been_renewed(ca: Authority, plan: Plan, tmp_path: Path) -> None:
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(Authority(tmp_path / "old").ca.read_bytes())
+    with scripted() as server, scripted(context_of(ca.leaf("server"))) as tokens:
+        server.authorization = lambda given: given in [f"Bearer {one}" for one in tokens.tokens]
+        client, secret = tokens.client
+        target = dicomweb_target(
+            server.url,
+            ca_cert=str(trusted),
+            token_url=f"https://127.0.0.1:{tokens.port}/token",
+            client_id=client,
+            client_secret=secret,
+        )
+        assert type(attempt(target, plan).error) is NotTrusted
+        trusted.write_bytes(ca.ca.read_bytes())
+        assert attempt(target, plan).require().state is State.DELIVERED
+        assert attempt(target, plan).require().state is State.DELIVERED
+        assert len(tokens.tokens) == 1
+
+
 def test_tls_large_upload_and_early_answer(ca: Authority, tmp_path: Path) -> None:
     studies.multiframe(tmp_path / "large.dcm", 20)
     plan = scan([tmp_path])
