@@ -199,11 +199,11 @@ def _names_here() -> set[str]:
 
 def _kept_here(name: str) -> dict[str, Any] | None:
     try:
-        text = _path(name).read_text(encoding="utf-8")
-    except OSError:
+        document: dict[str, Any] = json.loads(_path(name).read_text(encoding="utf-8"))
+        _time(document)
+        return document | {"probes": [MORE | probe for probe in document["probes"]]}
+    except (OSError, ValueError, TypeError, KeyError):  # none, or a damaged one: that says nothing, and ends no list
         return None
-    document: dict[str, Any] = json.loads(text)
-    return document | {"probes": [MORE | probe for probe in document["probes"]]}
 
 
 def _path(name: str) -> Path:

@@ -120,10 +120,13 @@ def read(home: Home, flow_run_id: str) -> dict[str, Any] | None:
     """
     UUID(flow_run_id)  # so that a request over the network can't read another file
     try:
-        look: dict[str, Any] = json.loads(_path(home, flow_run_id).read_bytes())
+        text = _path(home, flow_run_id).read_bytes()
     except FileNotFoundError:
         return None
-    return look
+    with suppress(ValueError):  # a power cut may leave it empty: it is not flushed
+        look: dict[str, Any] = json.loads(text)
+        return look
+    return None
 
 
 def clear(home: Home, running: Callable[[str], bool]) -> None:

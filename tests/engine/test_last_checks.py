@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from tasks.checking import LastChecks
+from tasks.checking import LastChecks, keep
+from transfer.health import Health
 
 
 class Server:
@@ -55,3 +57,14 @@ def test_only_what_is_new_is_read_again() -> None:
     assert server.asked == [20, 20]  # the second had nothing new
     server.asked = []
     assert len(read()) == 120 and server.asked == [20]
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"time": "then", "probes": []}', '{"time": 5, "probes": []}'])
+def test_a_damaged_file_of_a_check_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path))
+    targets: Any = [SimpleNamespace(name=name, made=None) for name in ("here", "target-0")]
+    for one in targets:
+        keep(one, Health())
+    (tmp_path / "checks" / "target-0.json").write_text(damaged)
+    found = asyncio.run(LastChecks().read(Server(1), targets))  # type: ignore[arg-type]
+    assert found.keys() == {"here", "target-0"} and found["target-0"]["time"] == "2026-11-29T11:00:00+00:00"

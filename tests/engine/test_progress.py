@@ -82,6 +82,14 @@ def test_the_last_look_is_kept_for_those_who_follow_and_not_for_ever(tmp_path: P
     assert read(home, RUN) is None
 
 
+def test_a_look_that_a_power_cut_has_emptied_is_none(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    Live(home, RUN).write()
+    (path,) = (tmp_path / "progress").iterdir()
+    path.write_bytes(b"")
+    assert read(home, RUN) is None
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_the_server_has_how_far_a_run_is_at_its_rest(here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each update costs it a call; meanwhile it has them only for those who may follow on another machine."""
