@@ -49,7 +49,7 @@ class DispatchWindow:
         Times are compared in UTC: two datetimes of one zone compare by their clocks, which lie when summer time ends.
         """
         today, now = now.astimezone(self.zone).date(), now.astimezone(UTC)
-        for ahead in range(-1, 9):
+        for ahead in range(-1, 16):  # of a week's one day, the hour may be the one that summer time leaves out
             day = today + timedelta(days=ahead)
             if day.weekday() not in self.days:
                 continue

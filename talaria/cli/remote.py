@@ -174,7 +174,7 @@ class ApiClient:
                 continue
             if answer.status == 503 and time.monotonic() < end and again:  # it is about to start
                 answer.read()
-                time.sleep(min(5.0, float(answer.getheader("Retry-After") or PAUSE_S)))
+                time.sleep(_pause_s(answer.getheader("Retry-After")))
                 continue
             if answer.status >= 400:
                 raise self._refused(answer)
@@ -237,6 +237,11 @@ class ApiClient:
         if theirs != __version__ and not self._version_said:
             self._version_said = True
             say(f"the server is Talaria {theirs}, this command {__version__}: update the older one")
+
+
+def _pause_s(asked: str | None) -> float:
+    """Return the seconds to wait for a server that is about to start; a proxy before it may name a date."""
+    return min(5.0, float(asked)) if asked and asked.strip().isdecimal() else PAUSE_S
 
 
 def _request(route: tuple[str, str], given: dict[str, Any], *, in_query: bool) -> tuple[str, str, bytes | None]:
