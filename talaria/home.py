@@ -13,22 +13,25 @@ LINKS = 40  # followed at most, as by the kernel
 SIZE = 1 << 20  # most bytes of a file of settings
 
 
-def settings_files() -> list[dict[str, Any]]:
-    """Return what stands in the files of settings that are there, the one that counts more first.
+def settings_files() -> dict[Path, dict[str, Any]]:
+    """Return what stands in the files of settings that are there, by their paths; the one that counts more first.
 
     Raises:
         ValueError: somebody else can change what stands in one, or it can't be read.
     """
     home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
-    texts = [text for file in (Path(FILE), home / FILE) if (text := _read(file)) is not None]
+    texts = {file: text for file in (Path(FILE), home / FILE) if (text := _read(file)) is not None}
     if not texts:
-        return []
+        return {}
     import tomllib
 
-    try:
-        return [tomllib.loads(text.decode("utf-8")) for text in texts]
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ValueError(f"{FILE} can't be read: {exc}") from exc
+    found = {}
+    for file, text in texts.items():
+        try:
+            found[file] = tomllib.loads(text.decode("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise ValueError(f"{file} can't be read: {exc}") from exc
+    return found
 
 
 def home_of_settings() -> Path:
@@ -39,7 +42,7 @@ def home_of_settings() -> Path:
     """
     if home := os.environ.get("TALARIA_HOME"):
         return Path(home).expanduser().absolute()
-    for values in settings_files():
+    for values in settings_files().values():
         if isinstance(home := values.get("home"), str):
             return Path(home).expanduser().absolute()
     return Path("~/.talaria").expanduser().absolute()

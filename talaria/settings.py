@@ -8,7 +8,9 @@ import os
 import secrets
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -18,7 +20,7 @@ from talaria.home import settings_files
 from transfer import roots, shared
 from transfer.home import Home
 from transfer.live import FOLLOWED_HERE
-from transfer.validation import what_is_wrong
+from transfer.validation import meant, what_is_wrong
 from transfer.window import DispatchWindow
 
 KEEP = ("keep_days", "keep_limit", "keep_failed_days")  # bounds of what is remembered
@@ -59,6 +61,9 @@ class Settings(BaseSettings):
     scp_host: str = Field(default="", description="Address that the Storage SCP listens on; empty for all.")
     spool_limit: int = Field(
         default=20 << 30, ge=1 << 20, description="Bytes that a retrieval keeps between fetching and sending."
+    )
+    upload_limit: int = Field(
+        default=50 << 30, ge=1 << 20, description="Bytes of one upload through the pages, unpacked."
     )
     keep_days: int = Field(
         default=90,
@@ -122,7 +127,22 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, env_settings, *(InitSettingsSource(settings_cls, one) for one in settings_files()))
+        files = settings_files()
+        _check_known(files)
+        return (init_settings, env_settings, *(InitSettingsSource(settings_cls, one) for one in files.values()))
+
+
+def _check_known(files: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raise ValueError for a key of a file that is no setting: what it was to set would have its default, unnoticed."""
+    for file, values in files.items():
+        for name, value in values.items():
+            if name in Settings.model_fields:
+                continue
+            plainly = name.lower().removeprefix("talaria_")
+            hint = f"write {plainly}" if plainly in Settings.model_fields else meant(plainly, Settings.model_fields)
+            if isinstance(value, dict):
+                hint = "settings stand in no section"
+            raise ValueError(f"{file}: unknown setting {name!r}" + (f": {hint}" if hint else ""))
 
 
 def load_settings() -> Settings:
@@ -158,7 +178,7 @@ def load_settings() -> Settings:
         raise ValueError(f"setting notify_commands: it must be an absolute path{_WHERE}")
     os.environ["TALARIA_LOG_JSON"] = "yes" if settings.log_json else "no"
     audit = ("notify_commands", "audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
-    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *KEEP, *audit):
+    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", "upload_limit", *KEEP, *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings
 

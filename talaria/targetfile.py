@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +14,7 @@ from blocks.named import NamedBlock, check_name
 from talaria.configfile import SHOWN, document, filled
 from tasks.documents import Broken
 from transfer.errors import Misconfigured
-from transfer.validation import what_is_wrong
+from transfer.validation import meant, what_is_wrong
 
 B = TypeVar("B", bound=NamedBlock)
 # What Prefect adds to a block's own fields.
@@ -98,14 +96,6 @@ def entry(
         raise Misconfigured(f"{what}: " + what_is_wrong(exc.errors(), cls.model_fields)) from exc
     except ValueError as exc:
         raise Misconfigured(f"{what}: {exc}") from exc
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """Return a question with the word that was probably meant; "" if none is similar."""
-    plainly = re.sub(r"[\s.+_-]+", "-", word.strip().lower())
-    names = {re.sub(r"[\s.+_-]+", "-", name): name for name in known}
-    found = get_close_matches(plainly, names, n=1, cutoff=0.6)
-    return f"did you mean {names[found[0]]}?" if found else ""
 
 
 def field_names(cls: type[NamedBlock]) -> list[str]:

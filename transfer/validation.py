@@ -89,6 +89,16 @@ def what_is_wrong_with_yaml(error: BaseException) -> str:
     return f"{where}not valid YAML" + (f": {said}" if said else "")
 
 
+def meant(word: str, known: Iterable[str]) -> str:
+    """Return a question with the word that was probably meant; "" if none is similar."""
+    from difflib import get_close_matches
+
+    plainly = re.sub(r"[\s.+_-]+", "-", word.strip().lower())
+    names = {re.sub(r"[\s.+_-]+", "-", name): name for name in known}
+    found = get_close_matches(plainly, names, n=1, cutoff=0.6)
+    return f"did you mean {names[found[0]]}?" if found else ""
+
+
 def plain(text: str) -> str:
     """Return a message that was made of pydantic's words in our own words."""
     text = _PARSING.sub("", text.replace(OWN, ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 
 from blocks import TYPES
 from talaria import targetfile
-from talaria.settings import load_settings
+from talaria.settings import Settings, load_settings
 from tests.targets.fields import NEEDED
+from transfer import uploads
 from transfer.errors import Misconfigured
+
+SETTING = re.compile(r"`TALARIA_(\w+)`")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,47 @@ def test_a_settings_file_that_is_none_is_told(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "talaria.toml").write_text("port: 4200\n")
     with pytest.raises(ValueError, match=r"talaria\.toml can't be read"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("source = ['/data']", "unknown setting 'source': did you mean sources?"),
+        ("keep-days = 30", "unknown setting 'keep-days': did you mean keep_days?"),
+        ("TALARIA_PORT = 4300", "unknown setting 'TALARIA_PORT': write port"),
+        ("[talaria]\nport = 4300", "unknown setting 'talaria': settings stand in no section"),
+        ("zzz = 1", "unknown setting 'zzz'"),
+    ],
+)
+@pytest.mark.parametrize("where", ["here", "home"])
+def test_a_setting_that_is_misspelt_is_refused(
+    where: str, text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was to set, as where may be sent from, had its default instead, and nothing said so."""
+    for name in ("here", "home"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    (tmp_path / where / "talaria.toml").write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"talaria\.toml: unknown setting") as caught:
+        load_settings()
+    assert str(caught.value).endswith(words)
+
+
+def test_every_setting_may_stand_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the documents list, each in small letters; the limit of an upload was heeded as a variable alone."""
+    listed = (Path(__file__).parents[2] / "docs" / "cli.md").read_text().partition("## Commands")[0]
+    named = {
+        one.lower() for line in listed.splitlines() if line[:3] == "| `" for one in SETTING.findall(line.split("|")[1])
+    }
+    assert named - {"home"} == Settings.model_fields.keys() - {"home"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path))
+    monkeypatch.setenv("TALARIA_UPLOAD_LIMIT", "")  # to be as it was before this test
+    monkeypatch.delenv("TALARIA_UPLOAD_LIMIT")
+    (tmp_path / "talaria.toml").write_text("upload_limit = 2097152\n")
+    load_settings()
+    assert uploads.limit() == 2 << 20
 
 
 def command(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
