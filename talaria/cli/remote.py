@@ -103,6 +103,7 @@ class ApiClient:
     own: bool = field(default=False, init=False)  # runs are the workers' there
     local: bool = True
     _version_said: bool = field(default=False, init=False)
+    _answered: bool = field(default=False, init=False)  # something, so that it was named right
     _kept: http.client.HTTPConnection | None = field(default=None, init=False)
 
     def call(self, operation: str, **given: Any) -> dict[str, Any]:
@@ -167,11 +168,14 @@ class ApiClient:
             except (OSError, http.client.HTTPException) as exc:
                 self._drop()
                 refused = isinstance(exc, ConnectionRefusedError)
-                if not (again or refused) or time.monotonic() > end or (refused and not self.local):
-                    raise ServerError(f"no server answers at {self.url}: {_words(exc)}") from exc
+                # One that was named wrong is not waited for: a host, a port or a certificate doesn't change by itself.
+                in_vain = not self.local and (refused or not self._answered)
+                if not (again or refused) or time.monotonic() > end or in_vain:
+                    raise ServerError(_unreached(self.url, exc)) from exc
                 self._still_there(exc)
                 time.sleep(PAUSE_S)
                 continue
+            self._answered = True
             if answer.status == 503 and time.monotonic() < end and again:  # it is about to start
                 answer.read()
                 time.sleep(_pause_s(answer.getheader("Retry-After")))
@@ -198,7 +202,7 @@ class ApiClient:
                 host,
                 place.port,
                 timeout=CONNECT_S,
-                context=ssl.create_default_context(cafile=os.environ.get("TALARIA_CA")),
+                context=_trusting(os.environ.get("TALARIA_CA")),
             )
         else:
             self._kept = http.client.HTTPConnection(host, place.port, timeout=CONNECT_S)
@@ -276,6 +280,36 @@ def _events(answer: http.client.HTTPResponse) -> Iterator[Event]:
 def _refusal(status: int, words: str) -> Exception:
     """Return the error, with its exit code, that an unexpected answer means."""
     return Refused(words, 1 if status == 502 else 3 if status >= 500 else 2)
+
+
+def _trusting(authority: str | None) -> ssl.SSLContext:
+    """Return what a connection is verified by: the certificate of an authority, or the system's.
+
+    Raises:
+        ValueError: that can't be used.
+    """
+    try:
+        return ssl.create_default_context(cafile=authority or None)
+    except OSError as exc:
+        why = "is no certificate in PEM" if isinstance(exc, ssl.SSLError) else exc.strerror
+        raise ValueError(f"TALARIA_CA={authority}: {why}") from exc
+
+
+def _unreached(url: str, exc: BaseException) -> str:
+    """Return why a server can't be spoken to, and what to change where that is known."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        why = exc.verify_message.rstrip(".")
+        other = "mismatch" in why
+        return f"the certificate of {url} is {'for another host' if other else 'not trusted'}: {why}" + (
+            "" if other else "; TALARIA_CA names the certificate of a private authority"
+        )
+    if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return f"what listens at {url} does not speak TLS as we do ({_reason(exc)}): is it http://, or another port?"
+    return f"no server answers at {url}: {_words(exc)}"
+
+
+def _reason(exc: ssl.SSLError) -> str:
+    return (exc.reason or str(exc)).lower().replace("_", " ")
 
 
 def _words(exc: BaseException) -> str:

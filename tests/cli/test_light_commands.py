@@ -6,9 +6,11 @@ import json
 import os
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
-from contextlib import closing
+import threading
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from talaria import __version__
 from talaria.cli.kinds import types_of
 from tests.servers.api import SECRET, Api, api, events
+from tests.servers.certificates import Authority
 
 HEAVY = (
     *("prefect", "pydantic", "rich", "pydicom", "httpx", "fastapi", "starlette", "sqlalchemy", "pydantic_settings"),
@@ -269,6 +272,60 @@ def test_a_token_goes_to_the_server_that_is_named_and_only_over_https(tmp_path: 
         assert ran.returncode == 3 and "no Talaria server" in words(ran)[0]
     ran = run(one, "target", "list", **here)
     assert ran.returncode == 3 and "no server answers" in words(ran)[0]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.mark.parametrize(
+    ("listens", "url", "ca", "code", "said"),
+    [
+        ("tls", "https://127.0.0.1", "", 3, "is not trusted: unable to get local issuer certificate; TALARIA_CA names"),
+        ("tls", "https://localhost", "ca.pem", 3, "is for another host: Hostname mismatch"),
+        ("tls", "https://127.0.0.1", "none.pem", 2, "none.pem: No such file or directory"),
+        ("tls", "https://127.0.0.1", "list.txt", 2, "list.txt: is no certificate in PEM"),
+        ("tls", "http://127.0.0.1", "", 3, "no server answers at http://127.0.0.1"),
+        ("text", "https://127.0.0.1", "", 3, "does not speak TLS as we do (wrong version number): is it http://"),
+        ("text", "http://127.0.0.1", "", 3, "no server answers at http://127.0.0.1"),
+        ("text", "http://no-such-host.invalid", "", 3, "no server answers at http://no-such-host.invalid"),
+    ],
+)
+def test_a_server_that_is_named_wrong_is_not_waited_for(
+    listens: str, url: str, ca: str, code: int, said: str, authority: Authority, tmp_path: Path
+) -> None:
+    """Its host, its port, its scheme or its authority: none of that changes by itself."""
+    (authority.folder / "list.txt").write_text("A1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    leaf = authority.leaf("server", hosts=("127.0.0.1",))
+    context.load_cert_chain(leaf.cert, leaf.key)
+    asked = []
+
+    def serve(listening: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listening.accept()
+            except OSError:
+                return
+            asked.append(client)
+            with client, suppress(OSError):
+                if listens == "text":
+                    client.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                else:
+                    context.wrap_socket(client, server_side=True).close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,), daemon=True)
+        thread.start()
+        more = {"TALARIA_CA": str(authority.folder / ca)} if ca else {}
+        named = f"{url}:{listening.getsockname()[1]}"
+        one = Api(tmp_path / "home", 0, {})
+        ran = run(one, "target", "list", TALARIA_URL=named, TALARIA_TOKEN="" if url[4] == ":" else "abc", **more)
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert ran.returncode == code and said in words(ran)[0] and len(words(ran)) == 1, ran.stderr
+    assert len(asked) <= 1
 
 
 def test_whoever_listens_in_the_server_s_place_gets_no_token(tmp_path: Path) -> None:
