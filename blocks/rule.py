@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from blocks.named import EMAIL, NamedBlock
 LOGO = f"{ICONS}/rule.svg"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 MOST_RECIPIENTS = 50
+_PATTERN = re.compile(r"[*?\[]")  # what fnmatch takes for more than itself
 
 
 class RuleEvent(StrEnum):
@@ -132,6 +134,11 @@ class Rule(NamedBlock, ABC):
     def writes_to(self, recipient: str) -> bool:
         """Return True if a recipient may hear of something by this rule; "" is the one destination of most types."""
         return not recipient
+
+    def named_plainly(self, kind: str) -> set[str]:
+        """Return the targets, or sources, that it is to hear of by their own names; patterns fit what may yet come."""
+        named = self.targets if kind == "target" else self.sources
+        return {one for one in named if not _PATTERN.search(one)}
 
     def hears(self, event: str, about: dict[str, Any]) -> bool:
         """Return True if the rule hears of something that has happened."""

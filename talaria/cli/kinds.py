@@ -12,6 +12,7 @@ import typer
 from talaria.cli import remote
 from talaria.cli.access import api
 from talaria.cli.output import Json, print_json, table
+from talaria.console import say
 
 
 def add_apply(app: typer.Typer, kind: str, section: str, example: str) -> None:
@@ -45,6 +46,8 @@ def add_apply(app: typer.Typer, kind: str, section: str, example: str) -> None:
             return
         for one in done[kind]:
             print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
+            if note := one.get("note"):
+                say(f"{one['name']}: {note}")
 
 
 def print_done(done: dict[str, Any], as_json: bool) -> None:

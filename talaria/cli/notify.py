@@ -9,6 +9,7 @@ import typer
 from talaria.cli.access import api
 from talaria.cli.kinds import add_apply, print_done, print_types, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
+from talaria.console import say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,9 +64,11 @@ def show(name: Name, as_json: Json = False) -> None:
     if as_json:
         print_json(values)
         return
-    messages = values.pop("messages")
+    messages, note = values.pop("messages"), values.pop("note", "")
     for field, value in values.items():
         print(f"{field}: {value}")
+    if note:
+        say(note)
     for one in messages:
         to = f" to {one['recipient']}" if one["recipient"] else ""
         print(f"message {one['number']}{to}: {_last(one)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +21,8 @@ from talaria.targetfile import action_for, all_values_of, differing, entry, valu
 from tasks.documents import Broken
 from tasks.names import type_of
 from tasks.rules import SAVED_RULES
+from tasks.sources.saved import KEPT
+from tasks.targets import TARGETS
 from transfer.errors import Misconfigured
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
@@ -62,13 +65,28 @@ def _listed(home: Home, found: list[Rule | Broken]) -> list[dict[str, Any]]:
 async def show_rule(office: Office, name: str) -> dict[str, Any]:
     """Return a rule's settings, secrets masked, and its newest messages."""
     rule = await load_rule(office, name)
-    return {"name": rule.name} | all_values_of(rule) | {"messages": await messages_of(office, rule.name)}
+    unknown = (await unknown_to(office, [rule]))[rule.name]
+    values = {"name": rule.name} | all_values_of(rule)
+    return values | ({"note": unknown} if unknown else {}) | {"messages": await messages_of(office, rule.name)}
 
 
 async def load_rule(office: Office, name: str) -> Rule:
     """Return a rule, secrets masked."""
     (rule,) = await SAVED_RULES.load(office.client, [name], secrets=False)
     return rule
+
+
+async def unknown_to(office: Office, rules: Iterable[Rule]) -> dict[str, str]:
+    """Return, by the name of each rule, what it is to hear of and is not there, in words; "" for nothing."""
+    rules, known = list(rules), dict[str, set[str]]()
+    for kind, saved in (("target", TARGETS), ("source", KEPT)):
+        wanted = {name for rule in rules for name in rule.named_plainly(kind)}
+        known[kind] = {str(one.name) for one in await saved.documents(office.client, wanted)} if wanted else set()
+    said = {}
+    for rule in rules:
+        lacks = [f"{kind} named {name}" for kind in known for name in rule.named_plainly(kind) - known[kind]]
+        said[rule.name] = f"there is no {' and no '.join(sorted(lacks))}" if lacks else ""
+    return said
 
 
 async def messages_of(office: Office, name: str) -> list[dict[str, Any]]:
@@ -124,7 +142,9 @@ async def apply_rules(
     for one in old if not dry_run else ():
         await _remove(office, f"{one.type_name}/{one.name}")
     actions |= {one.name: "removed" for one in old}
-    return {"dry_run": dry_run, "rules": [{"name": name, "action": action} for name, action in actions.items()]}
+    notes = await unknown_to(office, wanted.values())
+    done = [{"name": name, "action": action, "note": notes.get(name, "")} for name, action in actions.items()]
+    return {"dry_run": dry_run, "rules": done}
 
 
 async def save_rule(office: Office, rule: Rule, before: Rule | None, action: str) -> None:

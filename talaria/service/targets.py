@@ -14,7 +14,7 @@ from talaria.engine.registry import CHECKS, workers
 from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
-from talaria.service.uses import check_unused
+from talaria.service.uses import RENAMED, check_unused
 from talaria.targetfile import action_for, all_values_of, differing, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
@@ -188,12 +188,12 @@ async def rename_target(office: Office, name: str, to: str) -> dict[str, Any]:
     """Give a target another name.
 
     Raises:
-        InUse: as of `remove_target`.
+        InUse: as of `remove_target`, or a rule names it.
         ValueError: that name is not valid, or is taken.
     """
     check_name(to)
     (target,) = await load(office.client, [name])
-    await check_unused(office.client, [name], "renamed")
+    await check_unused(office.client, [name], RENAMED)
     if await saved.documents(office.client, [to]):
         raise ValueError(f"a target named {to} is there already")
     await saved.save(office.client, target, to)

@@ -1,4 +1,4 @@
-"""What uses a target: nobody deletes or renames one that runs, sources or schedules name."""
+"""What uses a target: nobody deletes or renames one that runs, sources or schedules name, or renames a rule's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 
-from blocks import Source
+from blocks import Rule, Source
 from talaria.engine.runs import jobs, kind_of
 from talaria.service import Conflict
 from talaria.service.names import NAMED
@@ -17,11 +17,13 @@ from talaria.service.overview import NOT_ENDED, PAGE
 from tasks.documents import Broken
 from tasks.names import SLUGS, split, type_of
 from tasks.paging import every
+from tasks.rules import SAVED_RULES
 from tasks.sources.saved import KEPT
 from tasks.targets import documents
 
 RUNS = ("dispatch", "retrieve")
 SHOWN = 5  # runs that a message names
+RENAMED = "renamed"
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,22 @@ class Uses:
         runs: dispatches and retrievals that have not ended.
         sources: names of those that send to it, or fetch from it.
         schedules: id, and flow and name, of each deployment whose schedule names it, one that is paused, too.
+        rules: names of those that hear of it by its name, where it is to have another.
     """
 
     runs: list[FlowRun] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     schedules: list[tuple[str, str]] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.runs or self.sources or self.schedules)
+        return bool(self.runs or self.sources or self.schedules or self.rules)
 
     def __str__(self) -> str:
         """Return all of them in words, the runs up to SHOWN."""
         said = [f"{kind_of(run)} {run.id}" for run in self.runs[:SHOWN]]  # as `talaria jobs show` takes it
         said += [f"{len(self.runs) - SHOWN} more of them"] if len(self.runs) > SHOWN else []
-        said += [f"source {name}" for name in self.sources]
+        said += [f"source {name}" for name in self.sources] + [f"rule {name}" for name in self.rules]
         return ", ".join([*said, *(f"the schedule of deployment {name}" for _, name in self.schedules)])
 
 
@@ -61,7 +65,8 @@ async def check_unused(client: PrefectClient, names: Collection[str], done: str)
     Args:
         names: of targets, with their types where several have a name (one without a type is refused everywhere until
             the others have gone). Of those, one that is named with its type is used; by its name alone, all together.
-        done: what is to be done with them, as in "removed".
+        done: what is to be done with them: RENAMED or "removed". A rule that names one would hear nothing more of it
+            under another name; of what is gone there is nothing to hear.
 
     Raises:
         InUse: something uses them; the message names all of them, and what uses each.
@@ -75,7 +80,7 @@ async def check_unused(client: PrefectClient, names: Collection[str], done: str)
         chosen = types if len(types) == 1 and None in named else {kind for kind in types if kind in named}
         if chosen:
             going[name] = None if chosen == types else chosen
-    found = await _uses_of(client, going)
+    found = await _uses_of(client, going, heard=done == RENAMED)
     if not found:
         return
     lines = [f"{name} can't be {done} while it is used by {one}" for name, one in found.items()]
@@ -84,11 +89,14 @@ async def check_unused(client: PrefectClient, names: Collection[str], done: str)
     raise error
 
 
-async def _uses_of(client: PrefectClient, going: Mapping[str, Collection[str] | None]) -> dict[str, Uses]:
+async def _uses_of(
+    client: PrefectClient, going: Mapping[str, Collection[str] | None], *, heard: bool
+) -> dict[str, Uses]:
     """Return what uses targets, by the name of each that something uses.
 
     Args:
         going: by name, the types of those whose uses count; None for all.
+        heard: whether a rule's naming one counts, too.
     """
     found = {name: Uses() for name in sorted(going)}
 
@@ -110,6 +118,9 @@ async def _uses_of(client: PrefectClient, going: Mapping[str, Collection[str] | 
     for source, written in await _sources(client) if found else ():
         for name in meant(written):
             found[name].sources.append(source)
+    for rule in await SAVED_RULES.all(client) if found and heard else ():
+        for name in found.keys() & set(rule.targets if isinstance(rule, Rule) else ()):
+            found[name].rules.append(rule.name)
     flows = {one.id: one.name for one in await every(client.read_flows)} if found else {}
     for one in await every(client.read_deployments) if found else ():
         flow = flows.get(one.flow_id, "")

@@ -282,7 +282,7 @@ def test_a_rule_that_is_replaced_by_one_of_another_type_is_there_at_every_moment
             monkeypatch.setattr(client, "delete_block_document", look)
             new = {"replaced": {"type": "webhook", "url": hook.url, "targets": ["nothing-*"]}}
             done = await saving.apply_rules(office, new, replace=True)
-            assert done["rules"] == [{"name": "replaced", "action": "replaced"}] and len(seen) == 1
+            assert done["rules"] == [{"name": "replaced", "action": "replaced", "note": ""}] and len(seen) == 1
             seen.append(await notifier._rules())
             for found in seen:
                 assert [type(one) for one in found if one.name == "replaced"] == [WebhookRule]

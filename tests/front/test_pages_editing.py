@@ -346,6 +346,31 @@ ODD = {
 }
 
 
+def test_a_rule_hears_on_of_a_target_that_it_names_and_says_what_is_not_there(
+    place: SimpleNamespace, admin: Person, hook: Receiver
+) -> None:
+    """A target that got another name was heard of no more, and a name that is misspelt was never heard of."""
+    up = place.up
+    up.apply(heard=folder(place.root / "heard"))
+    added(admin, "rule", "webhook", name="hears", url=hook.url, targets="heard, near-*", sources="")
+    one = "/talaria/notifications/hears"
+    assert "hears nothing" not in words(admin.get(one))
+    page = admin.post("/talaria/targets/heard/rename", {"to": "other"}, 409)
+    assert f'href="{one}"' in page and "can't be renamed" in words(page)
+    ran = up.here("target", "rename", "heard", "other")
+    assert ran.returncode == 2 and "heard can't be renamed while it is used by rule hears" in ran.stderr
+    admin.post("/talaria/targets/heard/delete", {})  # of what is gone there is nothing to hear
+    assert "It hears nothing of what it names: there is no target named heard." in words(admin.get(one))
+    path = place.root / "rules.yaml"
+    given = {"type": "webhook", "url": hook.url, "targets": ["kpet", "kept"], "sources": ["ct"]}
+    path.write_text(yaml.safe_dump({"notify": {"hears": given}}))
+    ran = up.here("notify", "apply", str(path))
+    assert (ran.returncode, ran.stdout) == (0, "hears: updated\n")
+    assert ran.stderr == "hears: there is no source named ct and no target named kpet\n"
+    assert up.told("notify", "show", "hears")["note"] == "there is no source named ct and no target named kpet"
+    admin.post(f"{one}/remove", {})
+
+
 @pytest.mark.parametrize("value", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("path", ["add-source/dicom", "add-source/list", "add-rule/email", "add-rule/command"])
 def test_strange_values_come_back_as_they_were_typed_and_break_nothing(admin: Person, path: str, value: str) -> None:

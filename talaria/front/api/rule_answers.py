@@ -51,11 +51,17 @@ class RuleSettingsAnswer(BaseModel):
     messages: list[MessageAnswer]
 
 
+class RuleChangeAnswer(TargetChangeAnswer):
+    """What was done with a rule."""
+
+    note: str = Field(description="What it is to hear of by name and is not there; empty for nothing.")
+
+
 class AppliedRulesAnswer(ExactAnswer):
     """What was done with each rule, or would be."""
 
     dry_run: bool
-    rules: list[TargetChangeAnswer]
+    rules: list[RuleChangeAnswer]
 
 
 class RuleTryAnswer(ExactAnswer):

@@ -30,7 +30,11 @@ class NotificationPages(NamedPages):
     async def about(self, office: Office, ref: str, row: Row) -> dict[str, Any]:
         from talaria.service import rules
 
-        return {"messages": await rules.messages_of(office, row["name"])}
+        note = ""
+        if not row["broken"]:
+            rule = await rules.load_rule(office, ref)
+            note = (await rules.unknown_to(office, [rule]))[rule.name]
+        return {"messages": await rules.messages_of(office, row["name"]), "note": note}
 
     async def tested(self, office: Office, ref: str, sent: dict[str, str]) -> dict[str, Any]:
         from talaria.service import rules

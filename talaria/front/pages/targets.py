@@ -176,7 +176,7 @@ class TargetPages:
         from talaria.service import standings
 
         runs = await standings.lines(await self.site.office(request), uses.runs)
-        used = {"runs": runs, "sources": uses.sources, "schedules": uses.schedules}
+        used = {"runs": runs, "sources": uses.sources, "schedules": uses.schedules, "rules": uses.rules}
         return await self._shown(request, text(why), 409, used=used)
 
 

@@ -149,6 +149,7 @@ TEXTS = {
     "target.delete_used": "It can't be deleted as long as this uses it:",
     "target.rename_used": "It can't be renamed as long as this uses it:",
     "target.used_source": "Source",
+    "target.used_rule": "Rule",
     "target.used_schedule": "Schedule of the deployment",
     "target.delete_yes": "Delete {name}",
     # tests
