@@ -180,7 +180,8 @@ class Target(NamedBlock, ABC):
     )
     window: str | None = Field(
         default=None,
-        description="When dispatches may go to it, as in 18:00-06:00 Mon-Fri Europe/Berlin; urgent ones may ignore it.",
+        description="When dispatches may go to it, as in 18:00-06:00 Mon-Fri Europe/Berlin (UTC where no time zone is "
+        "named); urgent ones may ignore it.",
         title="Sending hours",
         json_schema_extra=about(Group.LIMITS, advanced=True, placeholder="18:00-06:00 Mon-Fri Europe/Berlin"),
     )

@@ -28,4 +28,14 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
 
 def off_peak() -> DispatchWindow:
     """Return the off-peak hours."""
-    return DispatchWindow.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK)
+    return DispatchWindow.parse(_set())
+
+
+def off_peak_words() -> str:
+    """Return the off-peak hours for people, always with their time zone."""
+    zone = off_peak().zone.key
+    return _set() if _set().endswith(zone) else f"{_set()} {zone}"
+
+
+def _set() -> str:
+    return os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK

@@ -77,7 +77,8 @@ def test_studies_are_found_picked_and_fetched_to_a_target(place: SimpleNamespace
     assert [(one["accession"], one["state"], one["instances"]) for one in rows] == [("01", "delivered", "4")]
     wanted = {Instance.of(one).uid for one in place.data["01"]}
     assert {path.stem for path in (place.root / "arch").rglob("*.dcm")} == wanted
-    assert job in operator.get("/talaria/query")
+    page = operator.get("/talaria/query")
+    assert job in page and "Only in the off-peak hours (22:00-06:00 UTC)" in words(page)
 
 
 def test_single_series_are_picked_and_brought_to_a_folder(place: SimpleNamespace) -> None:

@@ -60,6 +60,7 @@ def templates() -> Environment:
         "type_icon": type_icon,
         "job_kind": job_kind,
         "option_label": option_label,
+        "off_peak_hours": off_peak_hours,
     }
     found.filters |= {"moment": moment, "size": size, "path": functools.partial(quote, safe=""), "options": options}
     return found
@@ -71,6 +72,13 @@ def options(names: Iterable[str], chosen: str = "") -> Markup:
 
     words = ((escape(name), " selected" if name == chosen else "") for name in names)
     return Markup("".join(f"<option{mark}>{name}</option>" for name, mark in words))  # noqa: S704 - each is escaped
+
+
+def off_peak_hours() -> str:
+    """Return the off-peak hours, with their time zone."""
+    from tasks.dispatch.hours import off_peak_words
+
+    return off_peak_words()
 
 
 def render(template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
