@@ -18,6 +18,7 @@ from blocks.fields import BYTES, SECONDS, Group, about
 from blocks.source import After, Leaving, Source, checked_names
 
 MOST_ASSOCIATIONS = 64  # at once, unless the source says otherwise
+MOST_OPEN_S = 43_200  # half a day: the longest examination, and a slow line, are shorter
 
 
 class DicomUnit(StrEnum):
@@ -182,6 +183,15 @@ router = DicomSource.load("BLOCK_NAME")
         title="Complete after",
         json_schema_extra=about(Group.READY, unit=SECONDS),
     )
+    max_open_s: float = Field(
+        default=MOST_OPEN_S,
+        ge=60,
+        le=2_592_000,
+        description="Seconds after its first instance when a study is dispatched though more still comes for it, which "
+        "is dispatched later; not before settle_s.",
+        title="Wait no longer than",
+        json_schema_extra=about(Group.READY, advanced=True, unit=SECONDS),
+    )
     max_associations: int = Field(
         default=MOST_ASSOCIATIONS,
         ge=1,
@@ -224,6 +234,11 @@ router = DicomSource.load("BLOCK_NAME")
     @property
     def leaving(self) -> Leaving:
         return Leaving(After.DELETE)
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds after its first instance when a study goes, whether it is complete or not."""
+        return max(self.max_open_s, self.settle_s)
 
     @property
     def place(self) -> tuple[str, int]:

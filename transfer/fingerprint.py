@@ -17,11 +17,13 @@ class Fingerprint:
     Attributes:
         files: how many there are.
         newest_ns: when something of them changed last, nanoseconds since the epoch; taking a file leaves it.
+        oldest_ns: when the first of those that were added changed last; 0 for none.
     """
 
     files: int = 0
     total: int = 0
     newest_ns: int = 0
+    oldest_ns: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Fingerprint:
@@ -36,7 +38,9 @@ class Fingerprint:
         """Add a file."""
         self.files += 1
         self.total = (self.total + _mark(path, size, mtime_ns)) % (1 << _BITS)
-        self.newest_ns = max(self.newest_ns, ctime_ns or mtime_ns)
+        changed_ns = ctime_ns or mtime_ns
+        self.newest_ns = max(self.newest_ns, changed_ns)
+        self.oldest_ns = min(self.oldest_ns or changed_ns, changed_ns)
 
     def take(self, path: str, size: int, mtime_ns: int) -> None:
         """Take a file away that is one of them."""

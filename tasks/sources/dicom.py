@@ -66,6 +66,7 @@ def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Ite
             shown=shown(received),
             after=after,
         )
+            oldest=mark.oldest_ns / 1e9,
         yield in_time(unit, source)
 
 

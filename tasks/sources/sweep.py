@@ -7,6 +7,7 @@ between leaves a row without a run, for which the next one creates the run: the 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 import uuid
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blocks import Source, Target
+from blocks.dicom_source import DicomSource
 from blocks.inbox import Late
 from blocks.list_source import ListSource
 from blocks.source import After, FileSource
@@ -317,7 +319,7 @@ class Sweep:
                         marked = replace(unit, fingerprint=f"{unit.fingerprint}{AHEAD}")
                         held[unit.ahead].append(self._held(marked, row, unit.ahead))
                     continue
-                if not unit.ahead and not self._is_ready(unit, now):
+                if not unit.ahead and not self._is_ready(unit, row, now):
                     continue
                 if coming.intersection(unit.after):
                     self._wait(now + OPEN_S)  # the end of their run is seen sooner
@@ -358,12 +360,24 @@ class Sweep:
         self._tidy(known, seen, now)
         return whole
 
-    def _is_ready(self, unit: Unit, now: float) -> bool:
-        settle_s = float(getattr(self.source, "settle_s", 0.0))
-        if unit.complete or unit.newest + settle_s <= now:
+    def _is_ready(self, unit: Unit, row: UnitRow | None, now: float) -> bool:
+        settled = unit.newest + float(getattr(self.source, "settle_s", 0.0))
+        if unit.complete or settled <= now:
             return True
-        self._wait(unit.newest + settle_s)
-        return False
+        latest = self._latest(unit, row, now)
+        if latest > now:
+            self._wait(min(settled, latest))
+        return latest <= now
+
+    def _latest(self, unit: Unit, row: UnitRow | None, now: float) -> float:
+        """Return when a unit goes though more still comes for it, in seconds since the epoch; infinity for never."""
+        if not isinstance(self.source, DicomSource):  # of other files nobody knows that they are whole
+            return math.inf
+        first = unit.oldest
+        if row and first <= row.time:  # it was dispatched before, and what could not be delivered lies there still
+            came = (one.ctime_ns / 1e9 for one in inbox.facts_of(unit, self.source)[0])
+            first = min((one for one in came if one > row.time), default=now)
+        return first + self.source.longest_s
 
     def _has_stayed(self, unit: Unit, row: UnitRow | None, now: float) -> bool:
         """Return True if a unit whose times lie in the future has stayed as it is since a sweep saw it so."""

@@ -28,6 +28,7 @@ class Unit:
         paths: its files and folders, absolute.
         fingerprint: changes whenever a file comes, goes or changes, by names, sizes and times.
         newest: when something of it changed last, in seconds since the epoch.
+        oldest: when the first of its files came, where files don't change after that; 0 if nobody knows.
         files: how many it has.
         origin: where it comes from, for targets that pass it on.
         targets: the names of those that get it.
@@ -50,6 +51,7 @@ class Unit:
     shown: str = ""
     ahead: str = ""
     after: tuple[str, ...] = ()
+    oldest: float = 0.0
 
     @property
     def name(self) -> str:

@@ -6,7 +6,9 @@ import asyncio
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,6 +18,8 @@ from talaria.service import Office, sources
 from talaria.testing import studies
 from tasks.sources.checks import check_removal
 from tasks.sources.dicom import confirmed, orphans
+from tasks.sources.sweep import Sweep, Swept
+from tasks.sources.units import units
 from tests.protocols.intake import listening
 from tests.protocols.test_dimse_intake import associated, stored
 from tests.sources.bench import Bench
@@ -77,6 +81,43 @@ def test_what_was_received_is_dispatched_with_its_origin_and_removed(bench: Benc
     assert kept(bench, "archive") == 3 and set(bench.states().values()) == {"done"}
     assert list(spool(bench).folder.iterdir()) == []
     assert not bench.sweep().runs
+
+
+def test_a_study_that_something_comes_for_without_end_goes_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sender that never pauses for as long as its source waits."""
+    bench.source = router(settle_s=60, max_open_s=200)
+    path = receive(bench)
+    came = path.stat().st_ctime
+
+    def swept_after(seconds: float) -> Swept:
+        os.utime(path.parent, (came + seconds, came + seconds))  # something is coming
+        monkeypatch.setattr("tasks.sources.sweep.time", SimpleNamespace(time=lambda: came + seconds))
+        return bench.sweep()
+
+    for seconds, again in ((1, 61), (110, 170), (190, 200)):
+        done = swept_after(seconds)
+        assert not done.runs and done.next == pytest.approx(came + again)
+    assert swept_after(201).runs
+    bench.down = {"archive"}
+    bench.dispatch()
+    bench.sweep()
+    assert set(bench.states().values()) == {"failed"}
+    # What comes for it then counts from its own first instance on, though what came before lies there still.
+    receive(bench, InstanceNumber=2)
+    monkeypatch.undo()
+    monkeypatch.setenv("TALARIA_HOME", str(bench.home.root))
+    with Ledger(bench.home.ledger) as ledger:
+        sweep = Sweep(bench.source, bench.targets, bench.home, ledger, bench)
+        [unit], row = [*units(bench.source, ledger)], bench.rows().popitem()[1]
+        long_ago = replace(unit, oldest=came - 86_400), replace(row, time=came - 3600)
+        assert sweep._latest(*long_ago, came) == pytest.approx(came + 200, abs=60)
+        assert sweep._latest(long_ago[0], None, came) == came - 86_400 + 200
+
+
+def test_it_waits_for_as_long_as_a_study_settles_at_least() -> None:
+    assert router(settle_s=60).longest_s == 43_200 and router(settle_s=86_400).longest_s == 86_400
 
 
 def test_senders_are_dispatched_apart(bench: Bench) -> None:
