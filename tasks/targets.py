@@ -11,10 +11,17 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import BlockDocument
 
 from blocks import REFUSED, TYPES, Target
+from blocks.base import check_host
+from blocks.dicom import DicomTarget, check_aet
 from tasks import DRIVERS
 from tasks.documents import Broken, Documents
 from tasks.names import qualified, type_of
 from transfer.errors import Misconfigured
+from transfer.plan import Origin
+
+_CHECKS = {"sender_aet": check_aet, "receiver_aet": check_aet, "sender_host": check_host}
+UNSAID = "this dispatch does not say where the study came from: give {}"
+UNKNOWN = "a retrieval does not know it of what it fetches: {}"
 
 
 class _Targets(Documents[Target]):
@@ -50,6 +57,30 @@ def check_destination(target: Target) -> None:
             "has direction query, so nothing is sent to it: set its direction to store or both", target.name
         )
     DRIVERS.of(target)
+
+
+def check_origin(target: Target, origin: Origin, unknown: str = UNSAID) -> None:
+    """Raise if a target takes something from a study's origin that nobody knows, or that can't be what it is for.
+
+    Args:
+        unknown: what to say in the first case, with a place for the name of the field.
+
+    Raises:
+        Misconfigured: it does.
+    """
+    for field, why in target.of_origin.items():
+        value = str(getattr(origin, field))
+        if not value.strip():
+            raise Misconfigured(f"{why}, but {unknown.format(field)}", target.name)
+        try:
+            _CHECKS[field](value)
+        except ValueError as exc:
+            raise Misconfigured(f"{why}, but the study's origin can't be used: {exc}", target.name) from exc
+
+
+def origin_of(source: Target) -> Origin:
+    """Return where what is retrieved from a target comes from."""
+    return Origin(source.aet_target if isinstance(source, DicomTarget) else "", "", source.node)
 
 
 def check_source(target: Target) -> None:

@@ -16,7 +16,7 @@ from tasks import DRIVERS
 from tasks.dispatch.asked import check_asked, name_of, unplanned
 from tasks.dispatch.delivery import Delivery, sort_out
 from tasks.dispatch.report import document as whole
-from tasks.targets import check_destination, load
+from tasks.targets import check_destination, check_origin, load
 from transfer import live
 from transfer.errors import DispatchError
 from transfer.globs import patterns
@@ -62,6 +62,7 @@ async def create_dispatch(
     check_asked(paths, targets)
     for target in await load(office.client, targets, secrets=False):
         check_destination(target)
+        check_origin(target, Origin(sender_aet, receiver_aet, sender_host))
     if office.embedded and not host:  # else the files are another machine's
         await asyncio.to_thread(_look, paths, each, patterns(exclude))
     parameters = {
@@ -177,9 +178,10 @@ async def plan_dispatch(
     """Return what a dispatch would send; the files are read on this machine."""
     check_asked(paths, targets)
     found: list[Target] = await load(office.client, list(dict.fromkeys(targets)), secrets=False)
+    origin = Origin(sender_aet, receiver_aet, sender_host)
     for target in found:
         check_destination(target)
-    origin = Origin(sender_aet, receiver_aet, sender_host)
+        check_origin(target, origin)
     if each:
         return await asyncio.to_thread(_plan_flood, paths, Each(each), patterns(exclude), origin, found)
     plan = await asyncio.to_thread(scan, paths, patterns(exclude), origin)

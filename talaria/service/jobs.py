@@ -27,10 +27,11 @@ from tasks.retrieve.job import Job, folder_of
 from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
 from tasks.sources.elsewhere import lent_studies, lent_units
-from tasks.targets import check_destination, load
+from tasks.targets import check_destination, check_origin, load
 from transfer import deadletters, shared, unitlist
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
+from transfer.plan import Origin
 from transfer.receipt import Receipt, State
 from transfer.studies import Each
 
@@ -161,8 +162,10 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     flow_run = await found(office, job, ("dispatch",))
     asked = {key: value for key, value in flow_run.parameters.items() if key not in ("targets", "force")}
     check_asked(asked["paths"], to)
+    origin = Origin(*(str(asked.get(name, "")) for name in ("sender_aet", "receiver_aet", "sender_host")))
     for target in await load(office.client, to, secrets=False):
         check_destination(target)  # before anything is kept for it
+        check_origin(target, origin)
     if host := hosts.where_it_waits(flow_run):
         if asked.get("each") == Each.UNIT:
             raise Misconfigured(

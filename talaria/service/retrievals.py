@@ -19,7 +19,7 @@ from tasks.dispatch.asked import retrieval_name
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
 from tasks.retrieve.search import SearchResult, found_at
-from tasks.targets import check_destination, check_source, load
+from tasks.targets import UNKNOWN, check_destination, check_origin, check_source, load, origin_of
 from transfer.accessions import accessions, pasted
 from transfer.errors import Unread
 
@@ -145,6 +145,7 @@ async def create_retrieval(
     check_source(origin)
     for target in await load(office.client, parameters["targets"], secrets=False) if targets else ():
         check_destination(target)
+        check_origin(target, origin_of(origin), UNKNOWN)
     if asks:  # no patient's name or ID gets into a run's parameters
         query = replace(wanted, AccessionNumber=numbers)
         found = await _asked(office, origin, query)

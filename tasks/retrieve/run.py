@@ -21,7 +21,6 @@ from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
-from blocks.dicom import DicomTarget
 from tasks.dispatch import audited, kept, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.leaving import is_left
@@ -40,7 +39,7 @@ from tasks.retrieve.report import RetrievalProgress, document, part_of, report, 
 from tasks.retrieve.room import Room
 from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
-from tasks.targets import check_destination, check_source, load
+from tasks.targets import UNKNOWN, check_destination, check_origin, check_source, load, origin_of
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DiskFull, DispatchError, LedgerAway
 from transfer.home import Home
@@ -339,7 +338,7 @@ class Retrieval:
 
     async def _dispatch(self, study: Study, folder: Path) -> None:
         """Send a study in a dispatch of its own, with the queried node as its origin."""
-        waited, study.again = bool(study.again), 0.0
+        waited, study.again, origin = bool(study.again), 0.0, origin_of(self.source)
 
         def begins(run_id: str) -> None:
             study.dispatch = run_id
@@ -354,8 +353,8 @@ class Retrieval:
                     former=study.dispatch,
                     waited=waited,
                     begins=begins,
-                    sender_aet=self.source.aet_target if isinstance(self.source, DicomTarget) else "",
-                    sender_host=self.source.node,
+                    sender_aet=origin.sender_aet,
+                    sender_host=origin.sender_host,
                 )
         except (Pause, Abort) as exc:  # no Exceptions: they would end us with it
             study.stage, study.reason = Stage.FAILED, f"its dispatch was stopped by somebody else: {exc}"
@@ -464,6 +463,7 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     for target in targets:
         if target.enabled:
             check_destination(target)
+        check_origin(target, origin_of(source), UNKNOWN)
     executor = ThreadPoolExecutor(8, thread_name_prefix="retrieve")
     asyncio.get_running_loop().set_default_executor(executor)
     try:

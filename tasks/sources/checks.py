@@ -21,7 +21,7 @@ from blocks.source import After, FileSource
 from protocols.files.filesystem import FLUSHED_AS_A_WHOLE, kind
 from tasks.names import split
 from tasks.sources import dicom, inbox, lines, ports
-from tasks.targets import check_destination, check_source
+from tasks.targets import UNKNOWN, check_destination, check_origin, check_source, origin_of
 from transfer import listening, roots
 from transfer.beneath import resolved
 from transfer.errors import DispatchError, Misconfigured
@@ -124,6 +124,8 @@ def check_removal(home: Home, name: str) -> None:
 
 
 def _of_targets(source: Source, known: dict[str, Target]) -> Iterator[str]:
+    query = str(getattr(source, "query", ""))
+    asked = known.get(split(query)[1]) if query else None
     for written in source.reaches:
         type_name, name = split(written)
         target = known.get(name)
@@ -136,18 +138,21 @@ def _of_targets(source: Source, known: dict[str, Target]) -> Iterator[str]:
                 check_destination(target)
         except DispatchError as exc:
             yield f"target {name} {exc.message}"
-        if isinstance(source, FileSource) and not getattr(source, "query", ""):  # who is queried is the origin
+        if isinstance(source, FileSource) and not query:
             for field, why in target.of_origin.items():
                 if not getattr(source.origin, field):
                     yield f"target {name}: {why}, but nobody knows where files come from: give the source {field}"
-    query = getattr(source, "query", "")
+        elif asked is not None:  # it is the origin
+            try:
+                check_origin(target, origin_of(asked), UNKNOWN)
+            except DispatchError as exc:
+                yield f"target {name}: {exc.message}"
     if query:
-        target = known.get(split(query)[1])
         try:
-            if target is None:
+            if asked is None:
                 yield f"no target named {query}"
             else:
-                check_source(target)
+                check_source(asked)
         except DispatchError as exc:
             yield f"target {query} {exc.message}"
 

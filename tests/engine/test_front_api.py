@@ -340,6 +340,8 @@ def test_send_leaves_the_files_to_the_side_that_sends(
         ({"paths": ["STUDY"], "targets": ["good"], "exclude": "*.dcm"}, 422, "nothing to send"),
         ({"paths": ["STUDY"], "targets": ["nobody"]}, 404, "no target named nobody"),
         ({"paths": ["STUDY"], "targets": ["off"]}, 422, "disabled"),
+        ({"paths": ["STUDY"], "targets": ["good", "passing"]}, 422, "where the study came from: give sender_aet"),
+        ({"paths": ["STUDY"], "targets": ["passing"], "sender_aet": "A" * 17}, 422, "1 to 16 characters"),
     ],
 )
 def test_what_can_t_be_sent_is_refused_in_one_line(
@@ -347,10 +349,13 @@ def test_what_can_t_be_sent_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     studies.ct(tmp_path / "study", 1)
-    up.apply(good=folder(tmp_path / "good"), off=folder(tmp_path / "off", enabled=False))
+    passing = {"type": "dicom", "host": "127.0.0.1", "aet_target": "A", "pass_sender_aet": True}
+    up.apply(good=folder(tmp_path / "good"), off=folder(tmp_path / "off", enabled=False), passing=passing)
     names = {"EMPTY": str(tmp_path / "empty"), "STUDY": str(tmp_path / "study")}
     answer = api.post("/dispatches", json=body | {"paths": [names.get(path, path) for path in body["paths"]]})
     assert answer.status_code == status and words in answer.json()["error"]
+    if body["targets"][-1] == "passing":
+        assert words in api.post("/dispatches/plan", json=body | {"paths": [names["STUDY"]]}).json()["error"]
 
 
 def test_a_body_that_is_not_there_is_named_where_it_is_needed(api: httpx.Client) -> None:
@@ -442,6 +447,9 @@ def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) 
         many = {"source": "src", "into": into, "numbers": [f"{number:016}" for number in range(40_000)]}
         refused = api.post("/retrievals", json=many)
         assert refused.status_code == 422 and "ask for it in several parts" in refused.json()["error"]
+        up.apply(called={"type": "dicom", "host": "127.0.0.1", "aet_target": "A", "pass_receiver_aet": True})
+        refused = api.post("/retrievals", json={"source": "src", "numbers": ["Q1"], "targets": ["called"]})
+        assert refused.status_code == 422 and "a retrieval does not know it" in refused.json()["error"]
         trail = up.told("audit", "show", "--last", "50")["entries"]
         assert "PatientName" in [one for one in trail if one["event"] == "query"][-1]["details"]["keys"]
         assert not any("Nobody" in json.dumps(one) for one in trail)

@@ -74,6 +74,23 @@ def test_targets_that_must_know_where_a_study_comes_from(place: Place) -> None:
         inbox(place, sender_aet="A" * 17)
 
 
+def test_of_what_is_fetched_the_target_that_is_asked_is_the_origin(place: Place) -> None:
+    Path(place("todo.csv")).write_text("A1\n")
+    pacs = DicomTarget(host="pacs", aet_target="PACS", direction="both").named("pacs")
+    files = DicomWebTarget(url=f"file://{place('shelf')}/x", direction="query").named("files")
+
+    def found(query: str, **fields: Any) -> list[str]:
+        node = DicomTarget(host="node", aet_target="A", **fields).named("node")
+        source = ListSource(file=place("todo.csv"), query=query, targets=["node"]).named("todo")
+        return wrong(place, source, more=(node, pacs, files))
+
+    assert found("pacs", pass_sender_aet=True) == []
+    unknown = "but a retrieval does not know it of what it fetches"
+    assert found("pacs", pass_receiver_aet=True) == [f"target node: pass_receiver_aet is on, {unknown}: receiver_aet"]
+    assert f"target node: pass_sender_aet is on, {unknown}: sender_aet" in found("files", pass_sender_aet=True)
+    assert found("nobody", pass_sender_aet=True) == ["no target named nobody"]
+
+
 @pytest.mark.parametrize(
     ("folder", "words"),
     [("nowhere", "nowhere: no such file or folder"), ("file", "file: is not a folder"), ("home", "state directory")],

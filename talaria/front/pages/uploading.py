@@ -153,7 +153,8 @@ class UploadPages:
 
     async def _checked(self, request: Request, asked: dict[str, Any]) -> None:
         """Raise before anything is uploaded that could not be sent."""
-        from tasks.targets import check_destination, load
+        from tasks.targets import check_destination, check_origin, load
+        from transfer.plan import Origin
 
         office = await self.site.office(request)
         if not office.embedded:
@@ -162,6 +163,7 @@ class UploadPages:
             raise Misconfigured(text("send.no_target"))
         for target in await load(office.client, asked["to"], secrets=False):
             check_destination(target)
+            check_origin(target, Origin())  # nobody is asked for it
 
     @needs(Role.OPERATOR)
     @answered
