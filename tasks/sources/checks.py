@@ -32,6 +32,7 @@ from transfer.spool import FOLDER
 # File systems that one machine has for itself: of any other, as a share, several hosts may have the same files.
 OWN_DISKS = FLUSHED_AS_A_WHOLE - {"nfs", "nfs4"}
 MOUNTS, PLANNED = Path("/proc/self/mountinfo"), Path("/etc/fstab")
+DEVICES = "/dev/"
 
 
 def problems(
@@ -167,7 +168,7 @@ def _of_folder(source: InboxSource, mount: str) -> Iterator[str]:
         return
     if missing := not_mounted(folder):
         yield f"{folder}: lies on {missing}, which is not mounted"
-    elif mount and mounted_at(folder) != mount:
+    elif mount and not is_same_mount(mount, mounted_at(folder)):
         yield (
             f"{folder}: lies on another file system than when it was applied ({mounted_at(folder)}, and not {mount}): "
             "is its share mounted? If that is as it should be, apply the source again"
@@ -242,6 +243,17 @@ def mounted_at(path: str) -> str:
         if roots.is_in(real, place) and len(place) >= len(best):  # the last one covers those before it
             best, found = place, f"{kind[0]} {_unescaped(kind[1])} {place}"
     return found
+
+
+def is_same_mount(before: str, now: str) -> bool:
+    """Return True if a folder lies on the file system that it lay on before, as `mounted_at` has said.
+
+    A disk may get another name with each start of its machine, or where a container gets it (/dev/sdb1, /dev/nvme2n1).
+    """
+    (kind, _, rest), (kind_now, _, rest_now) = before.partition(" "), now.partition(" ")
+    (device, _, place), (device_now, _, place_now) = rest.partition(" "), rest_now.partition(" ")
+    disks = device.startswith(DEVICES) and device_now.startswith(DEVICES)
+    return before == now or (disks and (kind, place) == (kind_now, place_now))
 
 
 def not_mounted(path: str) -> str:

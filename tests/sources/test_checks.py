@@ -202,6 +202,22 @@ def test_a_share_that_is_not_mounted(place: Place, tmp_path: Path, monkeypatch: 
     assert "lies on another file system than when it was applied (ext4 /dev/sda1 /" in words
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("ext4 /dev/sdb1 /data", "ext4 /dev/sdc1 /data", True),
+        ("xfs /dev/nvme1n1 /data/in box", "xfs /dev/nvme3n1 /data/in box", True),
+        ("ext4 /dev/sdb1 /data", "ext4 /dev/sda1 /", False),
+        ("ext4 /dev/sdb1 /data", "xfs /dev/sdb1 /data", False),
+        ("nfs4 server:/export /data", "nfs4 server:/other /data", False),
+        ("nfs4 server:/export /data", "ext4 /dev/sda1 /data", False),
+        ("cifs //server/share /data", "cifs //server/share /data", True),
+    ],
+)
+def test_a_disk_is_the_same_whatever_its_name_is_after_a_restart(before: str, now: str, same: bool) -> None:
+    assert checks.is_same_mount(before, now) is same
+
+
 def test_a_list(place: Place) -> None:
     Path(place("todo.csv")).write_text("/data/a\n")
 
