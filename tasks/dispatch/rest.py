@@ -189,11 +189,16 @@ def forget(ledger: Ledger, run_id: str) -> None:
 
 def message(waits: Iterable[Wait], receipts: str) -> str:
     """Return the message of a run that waits: until when, for what, and how far it is."""
+    return f"{until(waits)}; {receipts}"
+
+
+def until(waits: Iterable[Wait]) -> str:
+    """Return until when a run waits, and for what."""
     found = sorted(waits, key=lambda one: one.until)
     how, at = (TRIES_AGAIN, "at") if any(one.soon for one in found) else (WAITS, "until")
     first = found[0].until.astimezone(UTC)
     day = "" if first.date() == datetime.now(UTC).date() else f"{first:%Y-%m-%d} "
-    return f"{how} {at} {day}{first:%H:%M:%S} UTC: {', '.join(one.what for one in found)}; {receipts}"
+    return f"{how} {at} {day}{first:%H:%M:%S} UTC: {', '.join(one.what for one in found)}"
 
 
 def awaited(said: str) -> str:

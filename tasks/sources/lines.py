@@ -192,8 +192,8 @@ def report_of(source: ListSource) -> Path:
     return Path(f"{source.file}.report.csv")
 
 
-def report(source: ListSource, rows: Mapping[str, UnitRow]) -> None:
-    """Write what became of each line of a list.
+def report(source: ListSource, rows: Mapping[str, UnitRow], waits: Mapping[str, str]) -> None:
+    """Write what became of each line of a list; `waits` as of `tasks.sources.units.report`.
 
     Raises:
         Busy: there is no room. Denied: the file can't be written.
@@ -205,10 +205,10 @@ def report(source: ListSource, rows: Mapping[str, UnitRow]) -> None:
     table = []
     for key in dict.fromkeys((*known, *rows)):
         row = rows.get(key)
-        state = _words(row.state) if row else "waiting"
-        table.append(
-            {"listed": key, "state": state, "detail": row.detail if row else "", "run": row.run if row else ""}
-        )
+        waits_for = waits.get(row.run, "") if row and row.state is UnitState.DISPATCHED else ""
+        state = _words(row.state) if row and not waits_for else "waiting"
+        detail = row.detail or waits_for if row else ""
+        table.append({"listed": key, "state": state, "detail": detail, "run": row.run if row else ""})
     text, path = csv_text(COLUMNS, table), report_of(source)
     part = path.with_name(f".talaria-{uuid.uuid4().hex[:16]}")
     try:

@@ -12,8 +12,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Scheduled
 
+from blocks.source import SourcePriority
 from tasks.crashed import is_over
-from tasks.dispatch import kept
+from tasks.dispatch import kept, rest
+from tasks.dispatch.hours import off_peak
 from tasks.sources.ways import EndedRun
 from transfer import live
 from transfer.home import Home
@@ -73,6 +75,10 @@ class PrefectDispatching:
         found = await self._read(runs)
         return {str(one.id) for one in found if one.state and (one.state.is_completed() or not is_over(one.state))}
 
+    async def waits(self, runs: Collection[str]) -> Mapping[str, str]:
+        now = datetime.now(UTC)
+        return {str(one.id): words for one in await self._read(runs) if (words := _waits(one, now))}
+
     async def _read(self, runs: Collection[str]) -> list[FlowRun]:
         ids, found = [UUID(one) for one in runs], list[FlowRun]()
         for at in range(0, len(ids), PAGE):
@@ -83,6 +89,20 @@ class PrefectDispatching:
     async def _receipts(self, flow_run: FlowRun) -> dict[str, Any]:
         """Return a run's receipts, or the result of a retrieval: those on this machine, or else the server's."""
         return kept.here(self.home, str(flow_run.id)) or await kept.read(self.client, flow_run.id) or {}
+
+
+def _waits(flow_run: FlowRun, now: datetime) -> str:
+    """Return what a run waits for that is to begin, or go on, within hours that people have set; "" if it doesn't."""
+    state = flow_run.state
+    if state is None or not state.is_scheduled():
+        return ""
+    said = state.message or ""
+    if said.startswith(rest.WAITS):
+        return said.partition("; ")[0]
+    if flow_run.run_count or flow_run.parameters.get("priority") != SourcePriority.OFFPEAK:
+        return ""
+    opens = off_peak().opens(now)  # it has just been made
+    return rest.until([rest.Wait(opens, "the off-peak hours", soon=False)]) if opens else ""
 
 
 def _of_numbers(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -123,7 +123,10 @@ class Sweep:
         for batch in await asyncio.to_thread(self._look):
             self.check()  # the next sweep creates what is left
             await self._create(batch.mark, batch.parameters, len(batch.rows))
-        await asyncio.to_thread(units.report, self.source, self.ledger)
+        if units.reports(self.source):
+            runs = self.book.under_way().get(self.source.name, set())
+            waits = await self.dispatching.waits([run for run in runs if run])
+            await asyncio.to_thread(units.report, self.source, self.ledger, waits)
         return self.done
 
     # ---- what was dispatched before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -91,15 +91,21 @@ def root(source: Source) -> str:
     return str(found(source)) if found else ""
 
 
-def report(source: Source, ledger: Ledger) -> None:
-    """Write what became of each unit, for those sources that have a file for it.
+def reports(source: Source) -> bool:
+    """Return True if a source has a file for what became of each unit."""
+    return hasattr(_module(source), "report")
+
+
+def report(source: Source, ledger: Ledger, waits: Mapping[str, str]) -> None:
+    """Write what became of each unit.
+
+    Args:
+        waits: what runs wait for that are to begin, or go on, within hours that people have set; by run.
 
     Raises:
         Busy, Denied: it can't be written.
     """
-    write = getattr(_module(source), "report", None)
-    if write:
-        write(source, ledger.sources.units(source.name))
+    _module(source).report(source, ledger.sources.units(source.name), waits)
 
 
 def _module(source: Source) -> Any:

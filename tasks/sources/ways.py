@@ -45,6 +45,9 @@ class Dispatching(Protocol):
     async def going(self, runs: Collection[str]) -> set[str]:
         """Return those of some runs that have not failed: somebody has let them run again."""
 
+    async def waits(self, runs: Collection[str]) -> Mapping[str, str]:
+        """Return those of some runs that wait for hours that people have set, each with the words for that."""
+
 
 def failure(study: Mapping[str, Any] | None, message: str) -> str:
     """Return why a unit was not delivered; "" if it was."""

@@ -36,6 +36,7 @@ class Bench:
         asked: what was asked for, by run, and not done yet.
         done: how the others ended.
         down: the names of targets whose pushes fail.
+        waiting: what all runs wait for, in words; "" if they don't.
     """
 
     def __init__(self, folder: Path, *targets: str, **fields: Any) -> None:
@@ -48,6 +49,7 @@ class Bench:
         self.asked: dict[str, Mapping[str, Any]] = {}
         self.done: dict[str, EndedRun] = {}
         self.down: set[str] = set()
+        self.waiting = ""
         self.drivers: dict[str, Driver[Any]] = {}
 
     def named(self, **fields: Any) -> InboxSource:
@@ -77,6 +79,9 @@ class Bench:
 
     async def going(self, runs: Collection[str]) -> set[str]:
         return {run for run in runs if run in self.asked or (run in self.done and self._is_well(self.done[run]))}
+
+    async def waits(self, runs: Collection[str]) -> Mapping[str, str]:
+        return {run: self.waiting for run in runs if self.waiting}
 
     @staticmethod
     def _is_well(end: EndedRun) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import AwaitingRetry, Running, Scheduled
 
 from blocks.list_source import ListSource
 from talaria.testing import studies as material
 from tasks.sources import lines
-from tasks.sources.runs import _of_numbers
+from tasks.sources.runs import _of_numbers, _waits
 from tasks.sources.ways import EndedRun, failure
 from tests.sources.bench import Bench
 from transfer.accessions import accessions, pasted
@@ -56,6 +60,40 @@ def test_each_line_is_dispatched_once_and_so_many_at_once(tmp_path: Path) -> Non
     material.ct(tmp_path / "data" / "late", 1)
     bench.all()
     assert report(source)["data/late"] == "delivered" and bench.sweep().words == "nothing new"
+
+
+def test_what_waits_for_hours_that_people_have_set_is_not_said_to_be_under_way(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    material.ct(tmp_path / "data" / "s0", 1)
+    bench.source = source = listed(tmp_path / "todo.txt", "data/s0\n")
+    bench.waiting = "waits until 22:00:00 UTC: the off-peak hours"
+    bench.sweep()
+    with lines.report_of(source).open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["state"], row["detail"], row["run"]) == ("waiting", bench.waiting, *bench.asked)
+    bench.waiting = ""
+    bench.sweep()
+    assert report(source) == {"data/s0": "under way"}
+
+
+@pytest.mark.parametrize(
+    ("state", "priority", "words"),
+    [
+        (Scheduled(), "offpeak", "waits until 17:00:00 UTC: the off-peak hours"),
+        (Scheduled(), "normal", ""),
+        (AwaitingRetry(message="waits until 17:00:00 UTC: the hours of s3; nothing has been sent"), "normal",
+         "waits until 17:00:00 UTC: the hours of s3"),
+        (AwaitingRetry(message="tries again at 17:00:00 UTC: a slot at s3; nothing has been sent"), "normal", ""),
+        (Running(), "offpeak", ""),
+    ],
+    ids=["offpeak", "normal", "window", "slot", "running"],
+)  # fmt: skip
+def test_which_runs_wait_for_hours(
+    monkeypatch: pytest.MonkeyPatch, state: State[Any], priority: str, words: str
+) -> None:
+    monkeypatch.setenv("TALARIA_OFF_PEAK", "17:00-18:00")
+    run = FlowRun(flow_id=uuid4(), state=state, parameters={"priority": priority})
+    assert _waits(run, datetime.now(UTC).replace(hour=9)) == words
 
 
 @pytest.mark.parametrize("name", ["todo.txt", "todo.csv"])
