@@ -267,17 +267,30 @@ class Ledger:
                     found[item.path] = outcome_of(outcome, detail)
         return found
 
-    def confirmed_instances(self, uids: Iterable[str], destination: str, endpoint: str) -> set[str]:
+    def confirmed_instances(
+        self, uids: Iterable[str], destination: str, endpoint: str, place: str | None = None
+    ) -> set[str]:
         """Return those of some SOP Instance UIDs that a target has confirmed at an endpoint, in any dispatch.
 
         What it keeps under another UID, or has confirmed without naming it, is not among them.
+
+        Args:
+            place: mark of the place where the endpoint keeps instances by their UIDs: what it was found not to have
+                since is not among them, either. None where it keeps files; of many dispatches, each row is looked at
+                then.
         """
+        asked, arrived = json.dumps(sorted(set(uids))), json.dumps(sorted(ARRIVED))
+        if place is None:
+            statement = "SELECT sop_instance_uid, outcome, detail FROM items WHERE destination=? AND endpoint=?"
+            statement += " AND sop_instance_uid"
+            where = destination, endpoint
+        else:
+            statement = "SELECT item, outcome, detail FROM confirmed WHERE endpoint=? AND place=? AND item"
+            where = endpoint, place
         found = set()
         with self._db.reading():
             for uid, outcome, detail in self._db.execute(
-                f"SELECT sop_instance_uid, outcome, detail FROM items WHERE sop_instance_uid IN ({self._db.LISTED})"  # noqa: S608
-                f" AND destination=? AND endpoint=? AND outcome IN ({self._db.LISTED})",
-                (json.dumps(sorted(set(uids))), destination, endpoint, json.dumps(sorted(ARRIVED))),
+                f"{statement} IN ({self._db.LISTED}) AND outcome IN ({self._db.LISTED})", (*where, asked, arrived)
             ):
                 if not Outcome(Kind(outcome), detail).elsewhere:
                     found.add(uid)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blocks import Target
 from blocks.base import MASK
+from blocks.dicom import DicomTarget
 from blocks.dicom_source import DicomSource, Route
 from blocks.source import Source
 from imaging.charset import decoded
@@ -65,8 +66,8 @@ def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Ite
             problem=f"an instance that its routes depend on can't be read: {unread}" if unread else why,
             shown=shown(received),
             after=after,
-        )
             oldest=mark.oldest_ns / 1e9,
+        )
         yield in_time(unit, source)
 
 
@@ -136,7 +137,10 @@ def confirmed(
         held = set(uids)
         for name in {split(one)[1] for one in names}:
             target = targets.get(name)
-            held = ledger.confirmed_instances(held, name, target.endpoint_for(origin)) if target and held else set()
+            if target is None or not held:
+                return set()
+            place = "" if isinstance(target, DicomTarget) else None  # a node is one place, and keeps no names of files
+            held = ledger.confirmed_instances(held, name, target.endpoint_for(origin), place)
         return held
 
     return set[str]().union(*map(held_by_all, either))

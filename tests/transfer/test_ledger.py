@@ -130,6 +130,23 @@ def test_which_instances_a_target_has_confirmed_where_it_is(where: Path | str) -
         assert ledger.confirmed_instances(uids, "archive", "e") == ledger.confirmed_instances([], "pacs", "e") == set()
 
 
+def test_what_a_node_was_found_not_to_have_since_is_not_confirmed(where: Path | str) -> None:
+    items = [
+        Item(str(number), 1, 1, Header.of("1.2", f"1.{number}", "1.2.840.10008.1.2", "1", "1", 0))
+        for number in range(4)
+    ]
+    outcomes = DELIVERED, ALREADY, Outcome(Kind.WARNING, ELSEWHERE), DELIVERED
+    with Ledger(where) as ledger:
+        for item, outcome in zip(items, outcomes, strict=True):
+            ledger.record("d", "pacs", "e", item, outcome, Spot("", item.sop_instance_uid))
+        uids = [item.sop_instance_uid for item in items]
+        assert ledger.confirmed_instances(uids, "pacs", "e", "") == {"1.0", "1.1", "1.3"}
+        assert ledger.confirmed_instances(uids[2:], "pacs", "e", "") == {"1.3"}
+        assert ledger.confirmed_instances(uids, "pacs", "x", "") == set()
+        ledger.record("d2", "pacs", "e", items[3], REJECTED, Spot("", "1.3"))
+        assert ledger.confirmed_instances(uids, "pacs", "e", "") == {"1.0", "1.1"}
+
+
 def test_a_row_is_about_the_file_as_it_was(where: Path | str) -> None:
     with Ledger(where) as ledger:
         ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
