@@ -15,6 +15,7 @@ from blocks.base import CONTROL, ICONS, MASK, check_host, is_masked
 from blocks.credentials import checked_token
 from blocks.fields import SECONDS, Group, about
 from blocks.named import EMAIL, NamedBlock
+from blocks.proxied import check_proxy
 
 LOGO = f"{ICONS}/rule.svg"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -172,7 +173,7 @@ class WebhookRule(Rule):
     _block_type_slug = "webhook-rule"
     _logo_url = HttpUrl(LOGO)
     type_name: ClassVar[str] = "webhook"
-    aims: ClassVar[tuple[str, ...]] = ("url", "ca_cert")
+    aims: ClassVar[tuple[str, ...]] = ("url", "proxy", "ca_cert")
 
     url: SecretStr = Field(
         description="Where messages are posted to; kept secret, as it often holds a key.",
@@ -190,6 +191,13 @@ class WebhookRule(Rule):
         description="Bearer token that is sent with messages, where the server wants one.",
         title="Token",
         json_schema_extra=about(Group.SIGN_IN, advanced=True),
+    )
+    proxy: SecretStr = Field(
+        default=SecretStr(""),
+        description="HTTP proxy to use, as in http://user:password@proxy.example.org:3128; environment takes "
+        "HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the server; empty for none.",
+        title="Proxy",
+        json_schema_extra=about(Group.CONNECTION, advanced=True, placeholder="http://proxy.example.org:3128"),
     )
     ca_cert: str = _authorities()
 
@@ -218,6 +226,11 @@ class WebhookRule(Rule):
             raise ValueError("url must not hold a user or password: set token")
         check_host(host)
         return SecretStr(text)
+
+    @field_validator("proxy")
+    @classmethod
+    def _proxy(cls, value: SecretStr) -> SecretStr:
+        return value if is_masked(value) else SecretStr(check_proxy(value.get_secret_value()))
 
     @field_validator("token")
     @classmethod

@@ -7,12 +7,14 @@ import hashlib
 import hmac
 import json
 import logging
+import ssl
 import time
 
 import httpx
 
 from blocks.rule import WebhookRule
 from protocols.http.head import retry_after
+from protocols.http.proxy import Proxy
 from protocols.net.tls import Tls
 from talaria import __version__
 from talaria.notify.errors import NotSent
@@ -30,20 +32,26 @@ async def post(rule: WebhookRule, one: Letter) -> None:
     Raises:
         NotSent: it can't be reached, or answers otherwise.
     """
-    body = json.dumps(one.document, ensure_ascii=False).encode()
+    body, url = json.dumps(one.document, ensure_ascii=False).encode(), rule.url.get_secret_value()
     try:
         context = Tls(ca=rule.ca_cert).client()
         async with (
             # Neither redirects nor proxies and credentials of the environment: it goes where the rule says.
             httpx.AsyncClient(
-                verify=context, follow_redirects=False, trust_env=False, timeout=rule.timeout_s
+                verify=context,
+                follow_redirects=False,
+                trust_env=False,
+                timeout=rule.timeout_s,
+                proxy=_proxy(rule, url, context),
             ) as client,
-            client.stream("POST", rule.url.get_secret_value(), content=body, headers=_headers(rule, one, body)) as got,
+            client.stream("POST", url, content=body, headers=_headers(rule, one, body)) as got,
         ):
             status, said = got.status_code, f"it answers {got.status_code} {got.reason_phrase}".rstrip()
             after, location = got.headers.get("retry-after", ""), got.headers.get("location")
     except httpx.TimeoutException as exc:
         raise NotSent(f"no answer within {rule.timeout_s:g} s") from exc
+    except httpx.ProxyError as exc:
+        raise NotSent(f"the proxy refuses it: {exc}") from exc
     except httpx.HTTPError as exc:
         raise NotSent(f"it can't be reached: {str(exc) or type(exc).__name__}") from exc
     except DispatchError as exc:
@@ -52,6 +60,19 @@ async def post(rule: WebhookRule, one: Letter) -> None:
         raise NotSent(f"{said}, which leads elsewhere: redirects are not followed, correct url")
     if not 200 <= status < 300:
         raise NotSent(said, min(retry_after(after) or 0.0, MOST_AFTER_S))
+
+
+def _proxy(rule: WebhookRule, url: str, context: ssl.SSLContext) -> httpx.Proxy | None:
+    """Return the proxy that a rule means for its URL.
+
+    Raises:
+        Misconfigured: the environment names none that can be used.
+    """
+    proxy = Proxy.of(rule.proxy.get_secret_value(), url)
+    if proxy is None:
+        return None
+    login = (proxy.user, proxy.password) if proxy.user else None
+    return httpx.Proxy(proxy.url, auth=login, ssl_context=context if proxy.scheme == "https" else None)
 
 
 def _headers(rule: WebhookRule, one: Letter, body: bytes) -> dict[str, str]:

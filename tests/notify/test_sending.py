@@ -30,6 +30,9 @@ from talaria.notify.errors import NotSent
 from talaria.notify.words import Letter, letter
 from talaria.testing.process import free_port
 from tests.servers.certificates import Authority
+from tests.servers.proxy import PASSWORD as PROXY_PASSWORD
+from tests.servers.proxy import USER as PROXY_USER
+from tests.servers.proxy import tinyproxy
 from tests.servers.receiver import Receiver, receiver
 from tests.servers.smtp import ODD_PASSWORD, ODD_USER, PASSWORD, USER, MailServer, smtp
 from transfer.messages import StoredMessage
@@ -283,6 +286,26 @@ def test_the_environment_s_proxy_gets_nothing(hook: Receiver, monkeypatch: pytes
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
         send(WebhookRule(url=hook.url), made(""))
         assert len(hook.taken) == 1 and proxy.asked == []
+
+
+def test_a_webhook_goes_by_way_of_the_proxy_of_its_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in most hospitals, which let nothing out otherwise."""
+    authority, login = Authority(tmp_path / "ca"), f"{PROXY_USER}:{PROXY_PASSWORD}@"
+    with receiver(authority) as secured, receiver() as plain, tinyproxy(tmp_path / "p", password=PROXY_PASSWORD) as way:
+        at = f"127.0.0.1:{way.port}"
+        for hook in (secured, plain):
+            given = {"url": hook.url, "ca_cert": str(authority.ca)}
+            send(WebhookRule(**given, proxy=f"http://{login}{at}"), made(""))
+            assert len(hook.taken) == way.seen(hook.port) == 1
+            words = str(failure(WebhookRule(**given, proxy=f"http://{PROXY_USER}:wr0ng@{at}"), made("")))
+            assert "40" in words or "proxy" in words, words
+            assert "wr0ng" not in words and len(hook.taken) == 1
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{login}{at}")
+        for excepted, seen in (("", 1), ("127.0.0.1", 0)):
+            monkeypatch.setenv("NO_PROXY", excepted)
+            before = way.seen(secured.port)
+            send(WebhookRule(url=secured.url, ca_cert=str(authority.ca), proxy="environment"), made(""))
+            assert way.seen(secured.port) - before == seen
 
 
 # ---- commands
