@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import smtplib
 import socket
 import ssl
@@ -19,6 +20,8 @@ from protocols.net.tls import Tls
 from talaria.notify.errors import NotSent
 from talaria.notify.words import Letter
 from transfer.errors import DispatchError
+
+FULL_NAME = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)+[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")
 
 
 async def send(rule: EmailRule, one: Letter) -> None:
@@ -118,7 +121,7 @@ class _Sender:
 
     def _send(self, context: ssl.SSLContext) -> None:
         rule, (host, port) = self.rule, self.rule.address
-        timeout, name = rule.timeout_s, socket.gethostname()
+        timeout, name = rule.timeout_s, socket.gethostname()  # else its constructor asks the resolver for one
         smtp: Any
         if rule.security is MailSecurity.TLS:
             smtp = _TlsClient(local_hostname=name, timeout=timeout, context=context)
@@ -130,6 +133,7 @@ class _Sender:
             code, said = smtp.connect(host, port)
             if code != 220:
                 raise smtplib.SMTPConnectError(code, said)
+            smtp.local_hostname = _greeting(name, smtp.sock)
             if rule.security is MailSecurity.STARTTLS:
                 smtp.starttls(context=context)
             if rule.user:
@@ -148,6 +152,17 @@ class _Sender:
         message["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody is to answer by a program
         message.set_content(one.text)
         return message
+
+
+def _greeting(name: str, sock: socket.socket) -> str:
+    """Return what we call ourselves: by a full name, or else by our address (RFC 5321 section 4.1.4).
+
+    Many servers refuse other names, as containers have them.
+    """
+    if FULL_NAME.fullmatch(name):
+        return name
+    address = str(sock.getsockname()[0]).partition("%")[0]
+    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
 
 
 def _log_in(smtp: smtplib.SMTP, user: str, password: str) -> None:

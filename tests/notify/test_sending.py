@@ -90,6 +90,19 @@ def test_an_e_mail_arrives_over_tls_with_a_login(mail: tuple[MailServer, dict[st
     assert "may pass by itself" in message.get_content()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("3f9a0c11ab12", "[127.0.0.1]"), ("ct_host.example.org", "[127.0.0.1]"), ("t-1.example.org", "t-1.example.org")],
+)
+def test_a_mail_server_that_takes_full_names_only_is_told_one_or_our_address(
+    mail: tuple[MailServer, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str, shown: str
+) -> None:
+    server, fields = mail
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    send(EmailRule(**fields | {"host": "127.0.0.1"}))
+    assert server.names[-1] == shown and len(server.to(TO)) == 1
+
+
 def test_a_wrong_password_a_refused_recipient_and_a_refused_message_are_told_in_words(
     mail: tuple[MailServer, dict[str, Any]],
 ) -> None:

@@ -36,6 +36,7 @@ class MailServer:
         refused: recipients that it does not know.
         answer: to a message; "" to take it.
         delay_s: before the answer to a message.
+        names: by what clients have called themselves; those without a full name are refused.
         asked: recipients that somebody has named, refused ones included.
     """
 
@@ -46,6 +47,7 @@ class MailServer:
     refused: set[str] = field(default_factory=set)
     answer: str = ""
     delay_s: float = 0.0
+    names: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
     @property
@@ -61,6 +63,9 @@ class MailServer:
     ) -> str:
         if self.login and not session.authenticated:
             return "530 5.7.0 authentication required"
+        self.names.append(str(session.host_name))
+        if "." not in self.names[-1] and ":" not in self.names[-1]:  # as with Postfix's reject_non_fqdn_helo_hostname
+            return f"504 5.5.2 <{self.names[-1]}>: Helo command rejected: need fully-qualified hostname"
         self.asked.append(address)
         if address in self.refused:
             return "550 5.1.1 no such user here"
