@@ -19,9 +19,11 @@ from tasks.dispatch import breaker
 from tasks.targets import load
 from transfer.database import LOST
 from transfer.errors import DispatchError
+from transfer.fanout import each
 from transfer.home import Home
 from transfer.ledger import Ledger
 
+AT_ONCE = 16  # targets that are asked: one behind a network that swallows everything takes its whole time-out
 logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()  # held while targets are asked
@@ -45,11 +47,15 @@ async def ask_again(client: PrefectClient, home: Home, ledger: Ledger, targets: 
 
 
 def ask(home: Home, ledger: Ledger, targets: Iterable[Target]) -> None:
-    """Test targets, one after the other, that nobody else tests now; note which of them answer."""
-    for target in targets:
+    """Test targets, several at once, that nobody else tests now; note which of them answer."""
+
+    def ask_one(target: Target) -> None:
         with breaker.testing(home, ledger, target) as mine, suppress(DispatchError):
             if mine and check_target(target).ok:
                 breaker.reached(ledger, target)
+
+    found = [*targets]
+    each(found, ask_one, min(AT_ONCE, len(found)), "dead-targets")
 
 
 def _due(ledger: Ledger, targets: list[Target]) -> list[str]:

@@ -5,6 +5,8 @@ which dead targets are back.
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -160,3 +162,26 @@ def test_a_dead_target_that_no_run_waits_for_is_asked_whether_it_is_back(
 
             until(is_back)
         assert set(said()) - down == {("target.up", "pacs")}
+
+
+def test_a_target_that_is_back_is_heard_of_while_others_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many that are dead, each takes its time-out: asked one after another, the last one is heard of late."""
+    home = Home(tmp_path / "home")
+    home.root.mkdir()
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+    with scp(aet="PACS") as peer, Ledger(home.ledger) as ledger:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            ports = {"silent": int(silent.getsockname()[1]), "back": peer.port}
+            targets = [
+                DicomTarget(host="127.0.0.1", port=port, aet_target="PACS", retry_delay_s=0).named(name)
+                for name, port in ports.items()
+            ]
+            for one in targets * breaker.LIMIT:
+                breaker.failed(ledger, one, Unreachable("gone", one.name), "gone")
+            asking = threading.Thread(target=dead.ask, args=(home, ledger, targets))
+            asking.start()
+            until(lambda: "target.up" in [one.event for one in ledger.happenings.waiting(10)])
+            assert asking.is_alive()
+        asking.join()
