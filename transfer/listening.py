@@ -28,6 +28,7 @@ class ListenerStatus:
     Attributes:
         associations: those that are open now.
         accepted, refused: associations.
+        unsecured: connections on which no association was asked for, as their TLS came to nothing.
         instances, bytes: that were answered with success.
         time: when this was written, in seconds since the epoch.
     """
@@ -39,6 +40,7 @@ class ListenerStatus:
     instances: int = 0
     bytes: int = 0
     time: float = 0.0
+    unsecured: int = 0
 
 
 def write(home: Home, status: ListenerStatus) -> None:

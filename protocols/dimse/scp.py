@@ -92,6 +92,9 @@ class StorageScp:
         lend: has associations served by others, of which those that it does not take are served here.
         security: decides on TLS, in the place of `tls`.
 
+    Attributes:
+        unsecured: how many connections came to nothing as their TLS did: no handshake, or one that failed.
+
     Raises:
         OSError: the port can't be listened on.
     """
@@ -113,7 +116,7 @@ class StorageScp:
         self.idle_timeout_s = idle_timeout_s
         self._lend, self._security = lend, security
         self._closed, self._deaf = threading.Event(), threading.Event()
-        self._served = 0
+        self._served = self.unsecured = 0
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._new: Counter[str] = Counter()  # connections that have not been admitted yet, by address
@@ -240,6 +243,7 @@ class StorageScp:
         sock.settimeout(HANDSHAKE_S)
         first = sock.recv(1, socket.MSG_PEEK)
         if self.tls_only and first and first != TLS_HANDSHAKE:
+            self._count_unsecured()
             raise Interrupted("it does not begin with TLS, which is demanded here")
         if first != TLS_HANDSHAKE:
             return sock
@@ -258,7 +262,12 @@ class StorageScp:
             self._open.add(sock)
         return sock
 
+    def _count_unsecured(self) -> None:
+        with self._lock:
+            self.unsecured += 1
+
     def _shook_in_vain(self, host: str, why: str) -> None:
+        self._count_unsecured()
         logger.warning("no association for %s: its TLS handshake failed: %s", host, why)
         if self._security is not None:
             self._security.failed(host, why)

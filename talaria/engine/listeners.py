@@ -157,6 +157,7 @@ class Listeners:
                     instances=sum(one.instances for one in counts),
                     bytes=sum(one.bytes for one in counts),
                     time=time.time(),
+                    unsecured=sum(port.scp.unsecured for port in ports),
                 )
             )
         return found

@@ -105,13 +105,14 @@ class _Families(Collector):
                       (((name,), it[key]) for name, it in at_work if key in it))  # fmt: skip
         yield _by("talaria_listener_associations", "Open associations of a listener.", ["port"],
                   (((str(it.port),), it.associations) for it in one.listeners))  # fmt: skip
-        counted = CounterMetricFamily("talaria_listener_requests", "Associations that peers have asked for.",
+        counted = CounterMetricFamily("talaria_listener_requests", "Associations that peers asked for, or wanted to.",
                                       labels=["port", "outcome"])  # fmt: skip
         instances = CounterMetricFamily("talaria_listener_instances", "Instances received.", labels=["port"])
         size = CounterMetricFamily("talaria_listener_bytes", "Bytes received.", labels=["port"])
         for it in one.listeners:
             counted.add_metric([str(it.port), "accepted"], it.accepted)
             counted.add_metric([str(it.port), "refused"], it.refused)
+            counted.add_metric([str(it.port), "tls_failed"], it.unsecured)
             instances.add_metric([str(it.port)], it.instances)
             size.add_metric([str(it.port)], it.bytes)
         yield from (counted, instances, size)

@@ -52,7 +52,7 @@ def test_a_scraper_with_a_token_gets_figures_that_prometheus_takes(up: Talaria, 
     source = tmp_path / studies.PATIENT_NAME.replace("^", "_")
     studies.ct(source, 3)
     authority = Authority(tmp_path / "ca")
-    listening.write(Home(up.home), ListenerStatus(11112, 2, 7, 1, 40, 4000, time.time()))
+    listening.write(Home(up.home), ListenerStatus(11112, 2, 7, 1, 40, 4000, time.time(), 3))
     leaf = authority.leaf("talaria")
     secured = {"tls_cert": str(leaf.cert), "tls_key": str(leaf.key), "ca_cert": str(authority.ca)}
     up.apply(
@@ -93,6 +93,7 @@ def test_a_scraper_with_a_token_gets_figures_that_prometheus_takes(up: Talaria, 
     assert found["talaria_certificate_expires_seconds", "secured", "own"] > 0
     assert found["talaria_listener_associations", "11112"] == 2
     assert found["talaria_listener_requests_total", "refused", "11112"] == 1
+    assert found["talaria_listener_requests_total", "tls_failed", "11112"] == 3
     assert source.name not in text and str(tmp_path) not in text and sent["dispatch_id"] not in text
     assert not any(private in text for private in studies.PHI)
     promtool = ["promtool", "check", "metrics"]

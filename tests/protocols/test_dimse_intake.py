@@ -585,6 +585,7 @@ def test_tls_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         for why in ("peer did not return a certificate", "certificate has expired"):
             words = f"no association for 127.0.0.1: its TLS handshake failed: {why}"
             until(lambda words=words: words in [one.getMessage() for one in caplog.records])
+        assert there.scp.unsecured == 3  # one in clear, and two that failed
 
 
 # ---- complete
