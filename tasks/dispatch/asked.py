@@ -51,7 +51,7 @@ def unplanned(targets: Sequence[str]) -> str:
     It names no file: names of folders are often patients', and runs' names stand in events.
     """
     names = list(dict.fromkeys(split(name)[1] for name in targets if name.strip(" /")))
-    return f"{UNPLANNED}{', '.join(names)}"
+    return f"{UNPLANNED}{', '.join(names) or 'nobody'}"
 
 
 def name_of(dispatch_id: str, targets: Sequence[str]) -> str:

@@ -57,7 +57,7 @@ def test_a_dispatch_that_cant_be_done_fails_at_once_in_words(
     up.until(lambda: up.run(run)["state_type"] == "FAILED")
     found = up.run(run)
     assert words in found["state"]["message"]
-    assert found["name"].startswith("to ")
+    assert found["name"] == f"to {', '.join(change.get('targets', ['there'])) or 'nobody'}"
 
 
 def test_a_name_that_nothing_can_be_asked_with_is_refused_in_words() -> None:
