@@ -288,15 +288,31 @@ class Reports:
                 if due is None or (wait is not None and wait > 0):
                     self._changed.wait(wait)
                     continue
-            isover = self._sent(due) or time.time() - due.asked > GIVEN_UP_S
+            sent = self._sent(due)
             with self._changed:
-                if not isover:
-                    due.at = time.monotonic() + WAITS_S[min(due.tries, len(WAITS_S) - 1)]
-                    due.tries += 1
-                elif self._due.get(due.path) is due:  # else another took its place meanwhile
-                    with suppress(OSError):
+                if (sent or time.time() - due.asked > GIVEN_UP_S) and self._due.get(due.path) is due:
+                    with suppress(OSError):  # else another took its place meanwhile
                         due.path.unlink()
                     del self._due[due.path]
+                self._see_to_others(due, sent=sent)
+
+    def _see_to_others(self, tried: _Due, *, sent: bool) -> None:
+        """Let all that go to one sender wait for one of them: each takes seconds where it does not answer."""
+        alike, now = [one for one in self._due.values() if one.to == tried.to], time.monotonic()
+        if sent:
+            for one in alike:
+                if one.tries:
+                    one.at, one.tries = now, 0
+            return
+        known = max((one.tries for one in alike if one is not tried), default=0)
+        if tried.tries >= known:
+            at, tries = now + WAITS_S[min(tried.tries, len(WAITS_S) - 1)], tried.tries + 1
+        else:  # it is new, and the others wait already
+            at, tries = max(one.at for one in alike if one.tries == known), known
+        for one in (*alike, tried):
+            if one.at <= at:
+                one.at, one.tries = at, tries
+        tried.at += 1e-3  # it may be this report that fails: another one is the next
 
     def _sent(self, due: _Due) -> bool:
         to, source = due.to, due.path.parent.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom import build_role, evt
 
+from protocols.dimse import committing
 from protocols.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE
-from protocols.dimse.committing import Reports
+from protocols.dimse.committing import Reports, ReportTo
 from protocols.dimse.senders import KnownSender
+from protocols.dimse.transport import Peer
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import free_port, until
@@ -25,6 +27,7 @@ from tests.protocols.intake import AET, listening
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.scu import AE
 from tests.targets.dicom import dicom_target
+from transfer.errors import Unreachable
 from transfer.receipt import Level
 from transfer.spool import Spool
 
@@ -184,6 +187,35 @@ def test_no_report_keeps_the_others(tmp_path: Path) -> None:
         assert ask(assoc, request(here)) == 0
         assoc.release()
         assert modality.heard.wait(60) and uids(modality.reports[0], "ReferencedSOPSequence") == {here}
+
+
+def test_a_sender_that_is_off_holds_up_no_reports_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try takes seconds, and there may be hundreds of reports for it; when it is back, all come."""
+    tried: list[tuple[str, str]] = []
+    begin, off, poison = threading.Event(), {"OFF"}, "1.2.0"
+
+    def report(peer: Peer, asked: Mapping[str, Any], check: Callable[[], None]) -> int:
+        tried.append((peer.called, str(asked["transaction"])))
+        assert begin.wait(60)
+        if peer.called in off or asked["transaction"] == poison:
+            raise Unreachable(f"{peer.where}: no answer")
+        return 0
+
+    monkeypatch.setattr(committing, "_report", report)
+    monkeypatch.setattr(committing, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(committing, "WAITS_S", (0.1,))
+    reports, folder = Reports(), tmp_path / "reports" / "ct"
+    for number in range(30):
+        reports.put(folder, ReportTo(AET, "OFF", "127.0.0.1", 104), {"transaction": f"1.2.{number}"})
+    reports.put(folder, ReportTo(AET, "ON", "127.0.0.1", 104), {"transaction": "1.3"})
+    begin.set()
+    until(lambda: ("ON", "1.3") in tried)
+    assert tried[:2] == [("OFF", poison), ("ON", "1.3")]
+    until(lambda: reports.waiting == 30)
+    off.clear()
+    until(lambda: reports.waiting == 1)
+    assert len(list(folder.iterdir())) == 1 and {one for _, one in tried} >= {f"1.2.{n}" for n in range(30)}
+    reports.close()
 
 
 def test_without_room_for_a_report_the_sender_asks_again(tmp_path: Path) -> None:
