@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,15 +27,29 @@ def read(path: Path) -> dict[str, Target]:
     Raises:
         Misconfigured: with a line for every target that is wrong, its name and the field.
     """
-    found: dict[str, Target] = {}
-    wrong = []
-    for name, values in document(path).items():
+    return made_of(document(path), lambda name, values: make(name, values, path.parent), "target")
+
+
+def made_of(values: Mapping[Any, Any], make: Callable[[str, Any], B], word: str) -> dict[str, B]:
+    """Return what is made of all the values in a file, by name.
+
+    Args:
+        make: makes one of its name and its values.
+        word: what messages call one.
+
+    Raises:
+        Misconfigured: all that is wrong, each in a line; or there is none.
+    """
+    found, wrong = dict[str, B](), []
+    for name, one in values.items():
         try:
-            found[str(name)] = make(str(name), values, path.parent)
+            found[str(name)] = make(str(name), one)
         except Misconfigured as exc:
             wrong.append(exc.message)
     if wrong:
         raise Misconfigured("\n".join(wrong))
+    if not found:
+        raise Misconfigured(f"no {word} is named")
     return found
 
 

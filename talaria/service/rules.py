@@ -17,7 +17,7 @@ from talaria.notify.sending import send
 from talaria.notify.words import letter
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
-from talaria.targetfile import action_for, all_values_of, differing, entry, values_of
+from talaria.targetfile import action_for, all_values_of, differing, entry, made_of, values_of
 from tasks.documents import Broken
 from tasks.names import type_of
 from tasks.rules import SAVED_RULES
@@ -121,17 +121,7 @@ async def apply_rules(
     office: Office, rules: dict[str, Any], dry_run: bool = False, replace: bool = False, prune: bool = False
 ) -> dict[str, Any]:
     """Create or update rules; all of them or, if one is wrong, none. Arguments as of `apply_targets`."""
-    wanted, wrong = dict[str, Rule](), []
-    for name, values in rules.items():
-        try:
-            wanted[name] = entry(Rule, RULES, name, values, fill=False)
-            _check(wanted[name])
-        except Misconfigured as exc:
-            wrong.append(exc.message)
-    if wrong:
-        raise Misconfigured("\n".join(wrong))
-    if not wanted:
-        raise Misconfigured("no rule is named")
+    wanted = made_of(rules, _made, "rule")
     there = await SAVED_RULES.all(office.client, used=wanted)
     actions = {name: action_for(rule, there, replace=replace) for name, rule in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]
@@ -183,6 +173,12 @@ async def problems_of(office: Office, rule: Rule) -> list[str]:
     except Misconfigured as exc:
         return [exc.message.removeprefix(f"rule {rule.name}: ")]
     return []
+
+
+def _made(name: str, values: Any) -> Rule:
+    rule = entry(Rule, RULES, name, values, fill=False)
+    _check(rule)
+    return rule
 
 
 def _check(rule: Rule) -> None:

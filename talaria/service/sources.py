@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from blocks.inbox import InboxSource
 from talaria.engine import batches
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
-from talaria.targetfile import action_for, all_values_of, differing, entry, values_of
+from talaria.targetfile import action_for, all_values_of, differing, entry, made_of, values_of
 from tasks.dispatch import breaker
 from tasks.documents import Broken
 from tasks.names import pick, split, type_of
@@ -120,7 +121,7 @@ async def apply_sources(
     Args:
         beside: targets that are about to be saved: a look (`dry_run`) takes them for saved.
     """
-    wanted = _made(sources)
+    wanted = made_of(sources, partial(entry, Source, SOURCES, fill=False), "source")
     there = await KEPT.all(office.client, used=wanted)
     actions = {name: action_for(source, there, replace=replace) for name, source in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]
@@ -140,20 +141,6 @@ async def apply_sources(
         await _remove(office, one.name, f"{one.type_name}/{one.name}")
     actions |= {one.name: "removed" for one in old}
     return {"dry_run": dry_run, "sources": [{"name": name, "action": action} for name, action in actions.items()]}
-
-
-def _made(values: dict[str, Any]) -> dict[str, Source]:
-    found, wrong = {}, []
-    for name, one in values.items():
-        try:
-            found[name] = entry(Source, SOURCES, name, one, fill=False)
-        except Misconfigured as exc:
-            wrong.append(exc.message)
-    if wrong:
-        raise Misconfigured("\n".join(wrong))
-    if not found:
-        raise Misconfigured("no source is named")
-    return found
 
 
 async def _elsewhere(office: Office, *names: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from blocks import REFUSED, TYPES, Target
@@ -15,7 +16,7 @@ from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
 from talaria.service.uses import RENAMED, check_unused
-from talaria.targetfile import action_for, all_values_of, differing, make, values_of
+from talaria.targetfile import action_for, all_values_of, differing, made_of, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
 from tasks.checking import LastChecks, check_target, keep, result_of_run
@@ -147,17 +148,7 @@ def made(values: dict[str, Any]) -> dict[str, Target]:
     Raises:
         Misconfigured: every target that is wrong, each in a line.
     """
-    found, wrong = {}, []
-    for name, one in values.items():
-        try:
-            found[name] = make(name, one, fill=False)
-        except Misconfigured as exc:
-            wrong.append(exc.message)
-    if wrong:
-        raise Misconfigured("\n".join(wrong))
-    if not found:
-        raise Misconfigured("no target is named")
-    return found
+    return made_of(values, partial(make, fill=False), "target")
 
 
 async def save_target(office: Office, target: Target, before: Target | None, change: str) -> None:

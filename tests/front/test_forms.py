@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import SecretStr, ValidationError
 from blocks import RULES, SOURCES, TYPES
 from blocks.named import NamedBlock
 from talaria.front.pages import forms, shown_settings
+from talaria.front.pages.site import templates
 from talaria.front.pages.texts import TEXTS, option_label, text
 from tests.targets.fields import NEEDED
 from transfer.validation import what_is_wrong
@@ -224,3 +226,13 @@ def test_settings_of_a_target_show_no_secret_and_no_default() -> None:
 def test_texts_have_what_they_are_filled_with() -> None:
     assert text("who", name="a{b}", role="admin") == "a{b} (admin)"
     assert all(words.strip() for words in TEXTS.values())
+
+
+@pytest.mark.parametrize(
+    ("contact", "link"),
+    [("pacs-team@example.org", "pacs-team@example.org"), ('a+b?cc="x@y.org', "a%2Bb%3Fcc%3D%22x@y.org")],
+)
+def test_who_is_to_be_asked_is_written_to_at_their_address_alone(contact: str, link: str) -> None:
+    page = '{% from "pieces.html" import settings_and_people %}{{ settings_and_people([], one, "parts") }}'
+    shown = templates().from_string(page).render(one=SimpleNamespace(contact=contact, description="<i>"))
+    assert f'href="mailto:{link}"' in shown and "&lt;i&gt;" in shown

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
@@ -228,21 +228,11 @@ class EditingPages:
         self, request: Request, cls: type[NamedBlock], sent: dict[str, str], draft: Draft, exc: Any
     ) -> Response:
         """Show a form again beside what somebody else has saved meanwhile."""
-        from talaria.front.pages import forms
         from talaria.front.pages.shown_settings import differences
 
-        return await self._form(
-            request,
-            cls,
-            name=draft.name,
-            values=forms.typed(cls, sent),
-            stored=_stored(sent),
-            base=draft.base,
-            version=exc.version,
-            fixed=draft.name,
-            conflict=differences(cls, draft.values, exc.theirs),
-            status=409,
-        )
+        theirs = differences(cls, draft.values, exc.theirs)
+        now = replace(draft, version=exc.version)
+        return await self._again(request, cls, sent, now, draft.name, {}, status=409, conflict=theirs)
 
     async def _form(
         self,
