@@ -35,15 +35,20 @@ _ITEM_END, _SEQUENCE_END = 0xFFFEE00D, 0xFFFEE0DD
 # Latin-1 and UTF-8 are what archives answer in, whatever they say that it is.
 _MISTAKEN = frozenset((b"", b"ISO_IR 6", b"ISO_IR 100", b"ISO 2022 IR 6", b"ISO 2022 IR 100"))
 
-_ASCII = b"\x1b(B"
-_CHANGE = re.compile(rb"\x1b(?:\(B|\$B)")  # of what bytes below 0x80 are: ASCII, or JIS X 0208
+_ASCII, _ROMAJI, _KANA = b"\x1b(B", b"\x1b(J", b"\x1b)I"
+_CHANGE = re.compile(rb"\x1b(?:\([BJ]|\)I|\$B)")  # of what bytes are: ASCII, JIS X 0201, JIS X 0208
+_ENDS = re.compile(rb"\x1b(?:\([BJ]|\$\)C)")  # back to ASCII or JIS X 0201; to KS X 1001, whose bytes are 0x80 and more
+_BEGINS = re.compile(rb"\*(\x1b\$B)")
+_KATAKANA = re.compile("[\uff61-\uff9f]")  # of JIS X 0201
 
 # What a query may be written in, in the order in which it is tried: terms as in PS3.3 section C.12.1.1.2, and Python's
 # codecs, which for code extensions (PS3.5 section 6.1.2.5) say what there is beside ASCII.
+LATIN = "ISO_IR 100"
 ENCODINGS = {
     "ISO_IR 192": "utf-8",
-    "ISO_IR 100": "latin-1",
+    LATIN: "latin-1",
     "\\ISO 2022 IR 87": "iso2022_jp",
+    "ISO 2022 IR 13\\ISO 2022 IR 87": "iso2022_jp_ext",  # for half-width katakana, beside others
     "\\ISO 2022 IR 149": "euc_kr",
     "GB18030": "gb18030",
     "ISO_IR 13": "shift_jis",  # of whose letters those of a single byte alone are meant
@@ -63,6 +68,8 @@ def encodings(text: str) -> list[str]:
         return [""]
     found = []
     for term in ENCODINGS:
+        if term.startswith("ISO 2022 IR 13") and not _KATAKANA.search(text):
+            continue
         try:
             raw = _encoded(text, "PN", term)
         except (UnicodeError, ValueError):
@@ -81,22 +88,39 @@ def _encoded(value: str, vr: str, charset: str) -> bytes:
     if "2022" not in charset:
         return raw
     python = convert_encodings(charset.split("\\"))
-    return _plainly(PersonName(value).encode(tuple(python)) if vr == "PN" else encode_string(value, python))
+    plain = _ROMAJI if charset.startswith("ISO 2022 IR 13") else _ASCII
+    return _plainly(PersonName(value).encode(tuple(python)) if vr == "PN" else encode_string(value, python), plain)
 
 
-def _plainly(raw: bytes) -> bytes:
-    """Return a value without changes to ASCII where that holds already, which peers that compare bytes look for.
+def _plainly(raw: bytes, plain: bytes) -> bytes:
+    """Return a value without changes to what holds already, which peers that compare bytes look for.
 
     So pydicom begins each value that has ASCII before other letters, as `*` is in a pattern.
+
+    Args:
+        plain: the change to what holds at first.
     """
-    now = _ASCII
+    now = plain
 
     def kept(found: re.Match[bytes]) -> bytes:
         nonlocal now
+        if found[0] == _KANA:  # in the upper half, where it is from the beginning
+            return b""
         before, now = now, found[0]
-        return b"" if before == now == _ASCII else now
+        return b"" if before == now == plain else now
 
     return _CHANGE.sub(kept, raw)
+
+
+def loosened(keyword: str, value: str, charset: str) -> str:
+    """Return a pattern for the bytes that a pattern may stand for in a character set with code extensions, in Latin-1.
+
+    A peer that compares bytes finds nothing that begins within a word, or ends there, as the change of the character
+    set is where the word begins. What it finds by this may be too much.
+    """
+    raw = _ENDS.sub(b"*", _encoded(value, _tag_and_vr(keyword)[1], charset))
+    raw = _BEGINS.sub(rb"*\1*", raw).replace(b"\\", b"?")  # half of a letter, which would separate values
+    return re.sub(rb"\*+", b"*", raw).decode("latin-1")
 
 
 def built(keys: Mapping[str, str], charset: str, syntax: str) -> bytes:

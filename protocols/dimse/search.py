@@ -19,7 +19,7 @@ from protocols.dimse import stored
 from protocols.dimse.accessions import Accessions, Ask, AskEach
 from protocols.dimse.below import CAPS, InParts
 from protocols.dimse.beside import SideBySide
-from protocols.dimse.identifier import encodings
+from protocols.dimse.identifier import LATIN, encodings, loosened
 from protocols.dimse.levels import IMAGE_FIELDS, SERIES_FIELDS, STUDY_FIELDS
 from protocols.dimse.lone import studies_of
 from protocols.dimse.patients import Patients
@@ -38,6 +38,7 @@ Answer = dict[str, Any]
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
 EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
 CONFIRMED = 2  # studies with as many series as parts of them bring, after which so many are no limit
+EASTERN = r"[\u1100-\u11ff\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef]"  # letters that are written with code extensions
 MOST_STALE = 3  # studies that announce more series than they have, after which a peer's counts say nothing
 
 
@@ -420,8 +421,12 @@ class PeerSearch:
         loose = {key: re.sub(r"[^\x00-\x7f]+", "*", value) for key, value in keys.items()}
         if any(re.search(r"[A-Za-z0-9]", value) for value in loose.values()):
             yield loose, ""
-        for charset in encodings(foreign):
+        for charset in (each := encodings(foreign)):
             yield keys, charset
+        patterns = all(value.isascii() or "*" in value for value in keys.values())
+        if patterns and re.search(EASTERN, foreign):
+            for charset in (one for one in each if "2022" in one):
+                yield {key: loosened(key, value, charset) for key, value in keys.items()}, LATIN
 
     def _asked(self, keys: dict[str, str], charset: str, most: int) -> list[Answer]:
         while True:
