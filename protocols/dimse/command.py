@@ -14,7 +14,7 @@ from protocols.dimse.message import NO_DATASET
 AFFECTED_CLASS, FIELD, MESSAGE_ID, RESPONDED_TO = 0x0002, 0x0100, 0x0110, 0x0120
 DESTINATION, PRIORITY, DATASET_TYPE, STATUS = 0x0600, 0x0700, 0x0800, 0x0900
 COMMENT, AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID = 0x0902, 0x1000, 0x1030, 0x1031
-REMAINING, COMPLETED, FAILED, WARNING = 0x1020, 0x1021, 0x1022, 0x1023
+REMAINING, COMPLETED, FAILED, WARNING = COUNTS = 0x1020, 0x1021, 0x1022, 0x1023
 
 _ELEMENT = struct.Struct("<HHI")
 
@@ -46,6 +46,24 @@ class CommandSet(dict[int, bytes]):
         """Return the command set that differs in message ID and SOP instance UID only, in a context."""
         made = CommandSet(self)
         made[MESSAGE_ID], made[AFFECTED_INSTANCE] = message_id, instance
+        made.context, made.has_dataset = context, self.has_dataset
+        made.kind, made.sop_class = self.kind, self.sop_class
+        return made
+
+    def counting(self, raw: bytes, begin: int, context: int) -> CommandSet | None:
+        """Return the command set that differs in its counts only, which begin there; None if others stand there too."""
+        made = CommandSet(self)
+        for element in COUNTS:
+            made.pop(element, None)
+        pos, end = begin, len(raw)
+        while pos + 8 <= end:
+            group, element, length = _ELEMENT.unpack_from(raw, pos)
+            if group or element not in COUNTS:
+                return None
+            pos += 8
+            if pos + length <= end:
+                made[element] = raw[pos : pos + length]
+            pos += length
         made.context, made.has_dataset = context, self.has_dataset
         made.kind, made.sop_class = self.kind, self.sop_class
         return made
@@ -84,7 +102,8 @@ def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet
 
 
 class Commands:
-    """Reads command sets, of which most are those of another: all answers to a query, all requests but their UIDs.
+    """Reads command sets, of which most are those of another: all answers to a query, all requests but their UIDs, what
+    a peer has sent but its counts.
 
     What comes between two requests for instances, as a peer's count of them does, makes no difference to these.
     """
@@ -94,6 +113,7 @@ class Commands:
         self._model, self._length = self._command, -1  # the last one that others may follow, and its bytes
         self._values = (0, 0, 0, 0)  # begin and end of its message ID and instance UID
         self._same = (b"", b"", b"")  # what stands before, between and behind these
+        self._counted, self._uncounted = self._command, b""  # the last one with counts; what stands before them
 
     def read(self, raw: bytes, context: int) -> CommandSet:
         """Return what `decoded` does; not to be changed."""
@@ -104,10 +124,14 @@ class Commands:
         alike = len(raw) == self._length and raw.startswith(before) and raw.endswith(behind)
         if alike and raw.startswith(between, end):
             command = self._model.following(raw[begin:end], raw[uid:uid_end], context)
+        elif self._uncounted and raw.startswith(self._uncounted):
+            command = self._counted.counting(raw, len(self._uncounted), context) or decoded(raw, context)
         else:
             command = decoded(raw, context)
             if AFFECTED_INSTANCE in command:
                 self._learn(raw, command)
+            elif REMAINING in command:
+                self._learn_counts(raw, command)
         self._command, self._raw = command, raw
         return command
 
@@ -126,6 +150,17 @@ class Commands:
             self._model, self._length = command, len(raw)
             self._values = begin, end, uid, uid_end
             self._same = raw[:begin], raw[end:uid], raw[uid_end:]
+
+    def _learn_counts(self, raw: bytes, command: CommandSet) -> None:
+        """Let others follow a command set in which nothing stands behind the counts."""
+        pos = 0
+        while pos + 8 <= len(raw):
+            _, element, length = _ELEMENT.unpack_from(raw, pos)
+            if element in COUNTS:
+                break
+            pos += 8 + length
+        if command.counting(raw, pos, command.context) == command:
+            self._counted, self._uncounted = command, raw[:pos]
 
 
 def encoded(elements: dict[int, int | str | bytes]) -> bytes:

@@ -44,9 +44,9 @@ class Copies:
     def has(self, series: str, uid: str) -> bool:
         """Return True if an instance of a series is here, in that series or in another one."""
         item = self._here.get(uid)
-        if item is None or item.header is None:
+        if item is None or item.shared is None:
             return False
-        return item.header.SeriesInstanceUID == series or uid in self.elsewhere[series]
+        return item.shared.SeriesInstanceUID == series or uid in self.elsewhere[series]
 
     def second(self, series: str, fd: int, header: Header) -> str:
         """Return why a copy is not taken; "" if the instance that is here serves for it.

@@ -15,6 +15,7 @@ from protocols.dimse import command, stream
 from protocols.dimse.command import (
     AFFECTED_CLASS,
     AFFECTED_INSTANCE,
+    COMPLETED,
     DATASET_TYPE,
     FIELD,
     MESSAGE_ID,
@@ -177,6 +178,42 @@ def test_a_count_between_two_requests_costs_them_nothing(monkeypatch: pytest.Mon
         assert (read.number(MESSAGE_ID), read.uid(AFFECTED_INSTANCE)) == (number, f"1.2.3.{number}")
         assert commands.read(PENDING, 1).number(REMAINING) == 7
     assert [raw for raw in walked if raw in raws] == raws[:1]
+
+
+def counted(number: int, tail: list[tuple[int, bytes]], cut: int) -> bytes:
+    head = encoded({FIELD: 0x8010, RESPONDED_TO: number, DATASET_TYPE: 0x0101, STATUS: 0xFF00})
+    raw = head + b"".join(struct.pack("<HHI", 0, tag, len(value)) + value for tag, value in tail)
+    return raw[: len(raw) - cut]
+
+
+counts = st.sampled_from([*range(REMAINING, REMAINING + 4), FIELD, STATUS, AFFECTED_INSTANCE])
+tails = st.lists(st.tuples(counts, st.binary(max_size=3)), max_size=5)
+
+
+@given(st.lists(st.tuples(st.integers(1, 2), tails, st.integers(0, 4)), max_size=8))
+def test_counts_are_read_as_if_each_came_alone(made: list[tuple[int, list[tuple[int, bytes]], int]]) -> None:
+    commands = Commands()
+    for at, one in enumerate(made):
+        raw, context = counted(*one), at % 3
+        read, alone = commands.read(raw, context), decoded(raw, context)
+        assert read == alone and read.context == context
+        assert (read.kind, read.has_dataset, read.sop_class) == (alone.kind, alone.has_dataset, alone.sop_class)
+
+
+def test_a_peer_that_counts_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[bytes] = []
+
+    def noted(raw: bytes, context: int = 0) -> command.CommandSet:
+        walked.append(raw)
+        return decoded(raw, context)
+
+    monkeypatch.setattr(command, "decoded", noted)
+    commands = Commands()
+    for left in range(9, -1, -1):
+        tail = [(REMAINING, struct.pack("<H", left)), (COMPLETED, struct.pack("<H", 9 - left))]
+        read = commands.read(counted(1, tail, 0), 1)
+        assert (read.number(REMAINING), read.number(COMPLETED)) == (left, 9 - left)
+    assert len(walked) == 2  # the empty one that it begins with, and the first
 
 
 @given(requests, st.booleans())
