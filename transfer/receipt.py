@@ -344,3 +344,20 @@ class PushReport:
             outcomes.append(outcome)
         seconds = time.monotonic() - self._begun
         return Receipt(target, Lines(plan.items, outcomes), size, seconds, verified, notes=notes)
+
+
+def trimmed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON of receipts without the items that are plainly delivered; what is of no dispatch as it is."""
+    if "dispatch_id" not in document:
+        return document
+    document = document | {"targets": _trimmed(document["targets"])}
+    if document.get("studies"):
+        document["studies"] = [row | {"targets": _trimmed(row["targets"])} for row in document["studies"]]
+    return document
+
+
+def _trimmed(targets: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: one | {"items": [item for item in one["items"] if item["outcome"] != str(Kind.DELIVERED)]}
+        for name, one in targets.items()
+    }

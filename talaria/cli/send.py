@@ -104,7 +104,7 @@ def send(
             if access.own:
                 say("queued: it runs as soon as `talaria up` does")
             if as_json:
-                print_json({key: value for key, value in trimmed(queued, all_items).items() if key != "run"})
+                print_json({key: value for key, value in queued.items() if key != "run"})
             else:
                 print(f"dispatch queued as run {queued['flow_run_id']}")
             return
@@ -142,25 +142,10 @@ def finish(access: Access, run_id: str, *, all_items: bool, as_json: bool) -> No
     raise typer.Exit(DONE if document["state"] == "delivered" else NOT_ALL)
 
 
-def trimmed(document: dict[str, Any], all_items: bool) -> dict[str, Any]:
-    """Return the receipts without the items that are plainly delivered, unless all are wanted."""
-    if all_items:
-        return document
-    document = document | {"targets": _odd(document["targets"])}
-    if document.get("studies"):
-        document["studies"] = [row | {"targets": _odd(row["targets"])} for row in document["studies"]]
-    return document
-
-
-def _odd(targets: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: one | {"items": [item for item in one["items"] if item["outcome"] != "delivered"]}
-        for name, one in targets.items()
-    }
-
-
 def show_receipt(document: dict[str, Any]) -> None:
     """Print receipts for people."""
+    from transfer.receipt import trimmed  # takes a moment
+
     columns = [
         "delivered",
         "warnings",
@@ -179,7 +164,7 @@ def show_receipt(document: dict[str, Any]) -> None:
         print(document["error"])
     if studies := document.get("studies"):
         print(f"{sum(one['state'] == 'delivered' for one in studies)} of {len(studies)} studies delivered")
-    for name, one in trimmed(document, False)["targets"].items():
+    for name, one in trimmed(document)["targets"].items():
         for line in ([one["error"]] if one["error"] else []) + one["notes"]:
             print(f"{name}: {line}")
         shown = [item for item in one["items"] if item["outcome"] != "already"]

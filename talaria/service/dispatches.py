@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import FlowRun
 from blocks import Target
 from talaria.engine import runs
 from talaria.service import Office
-from talaria.service.jobs import line, outcome, queued, result, trimmed
+from talaria.service.jobs import line, outcome, queued, result
 from tasks import DRIVERS
 from tasks.dispatch.asked import check_asked, name_of, unplanned
 from tasks.dispatch.delivery import Delivery, sort_out
@@ -22,7 +22,7 @@ from transfer.errors import DispatchError
 from transfer.globs import patterns
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan, look, scan
-from transfer.receipt import State
+from transfer.receipt import State, trimmed
 from transfer.studies import Each, flood_id, listed
 
 PLAN_S = 0.05  # between two looks for the plan of a dispatch
@@ -82,7 +82,7 @@ async def create_dispatch(
     flow_run = await queued(*what, what="dispatch", show_plan=planned, host=host)
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
     document = await _planned(office, flow_run) if planned and fresh and not each else None
-    return {"run": line(flow_run)} | (document or await _of_queue(office, flow_run, targets))
+    return {"run": line(flow_run)} | trimmed(document or await _of_queue(office, flow_run, targets))
 
 
 def _look(paths: list[str], each: str, exclude: tuple[str, ...]) -> None:
@@ -106,7 +106,7 @@ def _look(paths: list[str], each: str, exclude: tuple[str, ...]) -> None:
 async def _of_queue(office: Office, flow_run: FlowRun, targets: list[str]) -> dict[str, Any]:
     """Return the result of a dispatch that is not planned yet, or of one that was made before with the same key."""
     if flow_run.run_count:
-        return trimmed(await result(office, flow_run))
+        return await result(office, flow_run)
     waiting = {
         "state": "waiting", "delivered": 0, "warnings": 0, "already": 0, "rejected": 0, "skipped": 0, "unsent": 0,
         "bytes": 0, "seconds": 0.0, "attempts": 0, "verified": "accepted", "hook": "none", "error": None, "notes": [],
@@ -134,7 +134,7 @@ async def _planned(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
             live.forget(office.home, run_id, live.PLAN)
             return plan
         if flow_run.state and flow_run.state.is_final():
-            return trimmed(await result(office, flow_run))
+            return await result(office, flow_run)
         if (office.alone or waited > UNTAKEN_S) and not runs.under_way(flow_run):
             return await _read_here(office, flow_run) if office.embedded else None
         await asyncio.sleep(PLAN_S)

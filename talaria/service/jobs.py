@@ -32,7 +32,7 @@ from transfer import deadletters, shared, unitlist
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.plan import Origin
-from transfer.receipt import Receipt, State
+from transfer.receipt import Receipt, State, trimmed
 from transfer.studies import Each
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
@@ -333,23 +333,6 @@ def outcome(flow_run: FlowRun, completed: str = "failed") -> str:
     """Return a run's state as a result names it."""
     names = {"CANCELLED": "cancelled", "COMPLETED": completed} | dict.fromkeys(UNDER_WAY, "waiting")
     return names.get(str(flow_run.state.type.value) if flow_run.state else "", "failed")
-
-
-def trimmed(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the same receipts without the items that are plainly delivered."""
-    if "dispatch_id" not in document:
-        return document
-    document = document | {"targets": _odd(document["targets"])}
-    if "studies" in document:
-        document["studies"] = [row | {"targets": _odd(row["targets"])} for row in document["studies"]]
-    return document
-
-
-def _odd(targets: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: one | {"items": [item for item in one["items"] if item["outcome"] != "delivered"]}
-        for name, one in targets.items()
-    }
 
 
 # ---- live
