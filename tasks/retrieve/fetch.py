@@ -146,7 +146,7 @@ class Fetcher:
             if exc.retryable and self.paused.is_set():
                 raise Cancelled("the retrieval is paused") from exc  # and goes on with them when it is resumed
             if len(batch) == 1 or exc.retryable or self._fails_alike(batch[0], exc):
-                self.job.failed |= dict.fromkeys(batch, exc.message)
+                self.job.failed |= dict.fromkeys(self.job.without_studies(batch), exc.message)
                 self._done(batch)
                 return
             # One of them is to blame: it must not take the others with it.
@@ -155,10 +155,12 @@ class Fetcher:
                 self._find(half)
             return
         places = {number.strip().casefold(): place for place, number in reversed([*enumerate(batch)])}
+        if not self.unread:
+            self.job.forget(batch, {match.StudyInstanceUID for match in found})
         self._take(sorted(found, key=lambda match: _place(match, places)))  # fetched in the order of the list
         seen = {number.strip().casefold() for match in found for number in _numbers(match)}
         unseen = [number for number in batch if number.strip().casefold() not in seen]
-        self.job.failed |= dict.fromkeys(filter(self._may_be_there, unseen), self.unread)
+        self.job.failed |= dict.fromkeys(filter(self._may_be_there, self.job.without_studies(unseen)), self.unread)
         self.job.missing += [number for number in unseen if not self._may_be_there(number)]
         self._done(batch)
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -126,13 +127,18 @@ class Job:
             }
             write_json(self.folder / "job.json", document)
 
-    def again(self) -> None:
-        """Begin a run; after an earlier end, schedule everything that did not succeed once more."""
+    def again(self, numbers: Iterable[str] = ()) -> None:
+        """Begin a run; after an earlier end, schedule everything that did not succeed once more.
+
+        Args:
+            numbers: accession numbers that were asked for: what they stand for may have changed since.
+        """
         if not self.ended:
             return
         self.ended = False
         self.pending = [*self.pending, *self.missing, *self.failed]
         self.missing, self.failed, self.error = [], {}, ""
+        asked = {number.strip().casefold() for number in numbers}
         for one in self.studies.values():
             one.again = 0.0
             if one.stage is Stage.DELIVERED and not one.doubt:
@@ -141,7 +147,29 @@ class Job:
             if one.stage is not Stage.WHOLE:
                 one.stage = Stage.WHOLE if one.came_whole else Stage.FOUND
                 one.reason = one.doubt = ""
+            if one.stage is Stage.FOUND and one.accession.casefold() in asked and one.accession not in self.pending:
+                self.pending.append(one.accession)
         self.searched = self.searched and bool(self.studies) and not self.unknown
+
+    def forget(self, numbers: Iterable[str], found: Collection[str]) -> None:
+        """Forget studies of accession numbers that were to be fetched once more, and are not found by them any more.
+
+        Args:
+            found: UIDs of those that are.
+        """
+        asked = {number.strip().casefold() for number in numbers}
+        gone = [
+            uid
+            for uid, one in self.studies.items()
+            if one.stage is Stage.FOUND and one.accession.casefold() in asked and uid not in found
+        ]
+        for uid in gone:
+            del self.studies[uid]
+
+    def without_studies(self, numbers: Iterable[str]) -> list[str]:
+        """Return those accession numbers of which no study is known."""
+        known = {one.accession.casefold() for one in self.studies.values()}
+        return [number for number in numbers if number.strip().casefold() not in known]
 
     @property
     def whole(self) -> bool:

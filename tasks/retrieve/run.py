@@ -67,7 +67,7 @@ class Retrieval:
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self._numbers = wish.numbers()
         self.job = Job.load(home, flow_run_id, self._numbers)
-        self.job.again()
+        self.job.again(self._numbers)
         self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
         self._waits: dict[str, Wait] = {}  # for what it waits itself; its studies may wait for more
         inside = spool_in(Path(wish.into), name_of(flow_run_id)) if wish.into else None
@@ -125,6 +125,8 @@ class Retrieval:
 
     async def _look_over(self) -> None:
         """Compare what the job knows with what is here: a kill may have come between a step and the note of it."""
+        for folder in set(self._folders.glob("*")) - {*map(self._folder, self.job.studies.values())}:
+            await asyncio.to_thread(discard, folder)  # of one that the source does not have any more
         for study in self.job.studies.values():
             folder = self._folder(study)
             if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
@@ -142,11 +144,13 @@ class Retrieval:
             if study.stage is Stage.FOUND:
                 if self._stopped() or self._held_up() or self._full or self.fetcher.passes_over(study):
                     continue
+                paced = self.job.next_study
                 try:
                     if not await self._room(study) or not await self._pace() or self._stopped() or self._held_up():
                         continue
                     await self._fetch_one(study, folder)
                 except (DispatchCancelled, NoSlot):
+                    self.job.next_study = paced  # it is still to come
                     continue
                 self.job.save()
             if study.stage is Stage.WHOLE and not study.again:

@@ -32,6 +32,7 @@ from talaria.testing import studies
 from talaria.testing.process import until
 from tasks.dispatch import audited, leaving, line, rest, running
 from tasks.dispatch.report import report
+from tasks.dispatch.slots import NoSlot
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.fetch import Fetcher
@@ -416,6 +417,79 @@ def test_a_retry_asks_only_for_what_did_not_succeed() -> None:
         assert len(peer.asked(GET)) == before[0] + 1  # S2 lay here whole: only sent again
         asked = {str(request.keys.get("AccessionNumber", "")) for request in peer.asked(FIND)[before[1] :]}
         assert asked <= {"S3", ""}
+
+
+def test_a_retry_finds_what_a_number_stands_for_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that came in part was sent to the archive anew, under another UID; another one has gone."""
+    lost = [Instance.of(file) for file in (study("S1")[0], study("S2")[0])]
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        there = [one for one in found if one.uid not in {one.uid for one in lost}]
+        return [*map(Send, there), Last(0xB000, len(there), len(found) - len(there), 0)]
+
+    with archive(study("S3"), on_get=script) as peer:
+        lost[:] = [peer_of(peer, study(name))[0] for name in ("S1", "S2")]
+        first = made(peer, source_fields={"retry_delay_s": 0})
+        asyncio.run(first.run())
+        assert stages(first) == {"S1": Stage.PARTIAL, "S2": Stage.PARTIAL, "S3": Stage.DELIVERED}
+        first.job.ended = True
+        first.job.save()
+        peer.instances[:] = [one for one in peer.instances if one.ds.AccessionNumber == "S3"]
+        new = peer_of(peer, study("S1"))[0]
+        again = made(peer)
+        asyncio.run(again.run())
+        assert stages(again) == {"S1": Stage.DELIVERED, "S3": Stage.DELIVERED} and again.job.missing == ["S2"]
+        assert str(new.ds.StudyInstanceUID) in again.job.studies and not list(again._folders.iterdir())
+
+
+def peer_of(peer: Archive, files: list[bytes]) -> list[Instance]:
+    """Add some files to an archive."""
+    made = [Instance.of(file) for file in files]
+    peer.instances += made
+    return made
+
+
+def test_a_retry_whose_search_fails_fetches_what_is_known_all_the_same() -> None:
+    missing, refused = [Instance.of(study("S1")[0])], [False]
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        there = [one for one in found if one.uid != missing[0].uid]
+        return [*map(Send, there), Last(0, len(there), len(found) - len(there), 0)]
+
+    def refuses(request: Request) -> int:
+        return 0xA900 if refused[0] and str(request.keys.get("AccessionNumber", "")) else 0
+
+    with archive(study("S1"), on_get=script, refuses=refuses) as peer:
+        missing[0] = peer.instances[0]
+        first = made(peer, numbers="S1", source_fields={"retry_delay_s": 0})
+        asyncio.run(first.run())
+        assert stages(first) == {"S1": Stage.PARTIAL}
+        first.job.ended = True
+        first.job.save()
+        missing[0], refused[0] = Instance.of(study("S1")[0]), True
+        again = made(peer, numbers="S1")
+        asyncio.run(again.run())
+        assert stages(again) == {"S1": Stage.DELIVERED} and again.job.whole
+
+
+def test_a_turn_that_others_have_costs_no_study_of_the_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    really, held = Retrieval._in_a_slot, list[bool]()
+
+    async def in_a_slot(self: Retrieval, work: Callable[[], Any]) -> Any:
+        if self.job.studies and not held:
+            held.append(True)
+            raise NoSlot("src")
+        return await really(self, work)
+
+    monkeypatch.setattr(Retrieval, "_in_a_slot", in_a_slot)
+    with archive(study("S1")) as peer:
+        first = made(peer, numbers="S1", studies_per_hour=1)
+        asyncio.run(first.run())
+        assert stages(first) == {"S1": Stage.FOUND}
+        first.job.save()
+        again = made(peer, numbers="S1", studies_per_hour=1)
+        asyncio.run(again.run())
+        assert stages(again) == {"S1": Stage.DELIVERED}
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
