@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from ipaddress import IPv6Address
+from socket import inet_aton
 from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
@@ -29,6 +31,7 @@ MOVED = "type it again: the connection leads elsewhere now, and a stored secret 
 # An IPv4 address with a number that inet_aton(3) takes for an octal one: 192.168.010.020 would be 192.168.8.16.
 OCTAL = re.compile(r"(?=.*\b0+[1-9]\d)(\d+\.){3}\d+")
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
+NUMBERS = re.compile(r"[0-9.-]+")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_ORIGIN = Origin()
 MASK = "********"  # what the server answers in the place of a secret
@@ -310,13 +313,25 @@ def is_masked(value: SecretStr) -> bool:
 def check_host(value: str) -> str:
     """Return a host name, IPv4 or IPv6 address (without brackets), or raise ValueError."""
     value = value.strip()
-    if not HOST.fullmatch(value):
+    if not HOST.fullmatch(value) or not _may_be_host(value.strip("[]")):
         raise ValueError(f"{value!r} is not a host name or an IP address")
     if OCTAL.fullmatch(value):
         raise ValueError(
             f"{value!r} is another address than it looks like: write its numbers without zeros before them"
         )
     return value.strip("[]")
+
+
+def _may_be_host(value: str) -> bool:
+    """Return False for what looks like an address and is none, as 10.1.2.300, a range, or one with a port."""
+    try:
+        if ":" in value:
+            IPv6Address(value.partition("%")[0])
+        elif NUMBERS.fullmatch(value):
+            inet_aton(value)  # as whoever resolves it reads it
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def check_argument(value: str) -> str:

@@ -81,6 +81,9 @@ def sends(port: int, called: str) -> bool:
         ({"peers": [{"aet": "A" * 17}]}, "at most 16"),
         ({"peers": [{"host": "10.0.0.0/99"}]}, "is not a network"),
         ({"peers": [{"host": "a b"}]}, "is not a host name"),
+        ({"peers": [{"host": "10.1.2.3:104"}]}, "is not a host name or an IP address"),
+        ({"peers": [{"host": "10.1.2.300"}]}, "is not a host name or an IP address"),
+        ({"peers": [{"host": "10.1.2.3-10.1.2.9"}]}, "is not a host name or an IP address"),
         ({"host": "a b"}, "is not a host name"),
         ({"port": 70_000}, "port"),
         ({"settle_s": -1}, "settle_s"),
@@ -127,7 +130,8 @@ def test_a_description_fits_however_its_letters_are_composed(pattern: str, form:
 @pytest.mark.parametrize(
     ("host", "good"),
     [("192.168.010.020", False), ("10.1.2.010", False), ("192.168.001.005", True), ("10.1.2.0", True),
-     ("10.0.0.1", True), ("100.200.10.20", True), ("ct-010.example.org", True)],
+     ("10.0.0.1", True), ("100.200.10.20", True), ("ct-010.example.org", True), ("ct.7", True), ("127.1", True),
+     ("::1", True), ("[fe80::1%eth0]", True), ("::ffff:10.1.2.3", True)],
 )  # fmt: skip
 def test_an_address_that_means_another_one_is_refused(host: str, good: bool) -> None:
     for made in (lambda: source("ct", 104, peers=[{"host": host}]), lambda: DicomTarget(host=host, aet_target="A")):
