@@ -6,6 +6,7 @@ source itself gets another one. Schedules that people add are theirs, and ours h
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -189,6 +190,27 @@ def _schedules(source: Source) -> list[DeploymentScheduleCreate]:
     else:
         return []
     return [DeploymentScheduleCreate(schedule=made, active=True, slug=SLUG)]
+
+
+def never_comes(source: Source) -> str:
+    """Return why the schedule of a source begins nothing, in a sentence; "" if it does, or there is none.
+
+    As of a date that no year has, or a COUNT or UNTIL that is over: without DTSTART, Prefect counts from 2020 on. It
+    may take seconds, and runs in a thread of its own.
+    """
+    from prefect.server.schemas import schedules
+
+    for one in _schedules(source):
+        made = getattr(schedules, type(one.schedule).__name__).model_validate(one.schedule.model_dump())
+        try:
+            if asyncio.run(made.get_dates(1)):
+                continue
+        except ValueError:
+            if source.rrule:  # UTC in UNTIL, and not in what it counts from
+                return f"{source.rrule}: write its times without Z: they are those of the source's timezone"
+        hint = ", or give it a DTSTART from which it counts" if "COUNT" in source.rrule.upper() else ""
+        return f"{source.cron or source.rrule}: there is no such time from now on: correct it{hint}"
+    return ""
 
 
 def _words(schedule: Any) -> str:

@@ -162,7 +162,8 @@ def _wrong_with(
     source: Source, everyone: list[Source], targets: list[Target], elsewhere: Mapping[str, str]
 ) -> list[str]:
     found = checks.problems(source, everyone, targets, elsewhere=elsewhere)
-    return [*found, *checks.of_listener(source, everyone, elsewhere=elsewhere)]
+    found += checks.of_listener(source, everyone, elsewhere=elsewhere)
+    return [*found, *filter(None, [batches.never_comes(source)])]
 
 
 async def problems_of(office: Office, source: Source) -> list[str]:
@@ -341,6 +342,7 @@ def _tested(
         row, known = ledger.sources.sweep(source.name), ledger.sources.units(source.name)
         wrong = checks.problems(source, sources, targets, row.mount, elsewhere)
         wrong += checks.of_listener(source, sources, office.home, elsewhere)
+        wrong += filter(None, [batches.never_comes(source)])
         try:
             for unit in units.units(source, notes) if not wrong else ():
                 found["files"] += unit.files

@@ -68,6 +68,7 @@ def test_a_source_that_can_not_be_used_is_not_saved(up: Talaria, tmp_path: Path,
         ({"targets": ["nobody-at-all"]}, "no target named nobody-at-all"),
         ({"folder": str(tmp_path / "shelf")}, f"of target {shelf} overlap: what is delivered would come again"),
         ({"folder": str(tmp_path / "none")}, "no such file or folder"),
+        ({"rrule": "FREQ=DAILY;COUNT=3"}, "there is no such time from now on"),
         ({"folder": "relative"}, "is not an absolute path"),
     ):
         answer = create(up, "inbox-source", "kept-wrong", data | wrong)

@@ -13,6 +13,7 @@ from blocks import SOURCES, Source
 from blocks.fields import Group, ordered
 from blocks.inbox import InboxSource
 from talaria import configfile, targetfile
+from talaria.engine.batches import never_comes
 from talaria.targetfile import entry, field_names
 from transfer.errors import Misconfigured
 
@@ -92,6 +93,27 @@ def test_an_inbox_keeps_what_it_is_given() -> None:
     assert one.globs == ("*.tmp",)
     assert one.origin.sender_aet == "CT1"
     assert one.scheduled
+
+
+@pytest.mark.parametrize(
+    ("when", "why"),
+    [
+        ({"cron": "0 2 * * *"}, ""),
+        ({"cron": "0 0 30 2 *"}, "no such time from now on: correct it"),
+        ({"interval_s": 300}, ""),
+        ({"rrule": "FREQ=WEEKLY;BYDAY=SA;BYHOUR=3"}, ""),
+        ({"rrule": "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30"}, "no such time from now on: correct it"),
+        ({"rrule": "FREQ=DAILY;COUNT=5"}, "or give it a DTSTART from which it counts"),  # Prefect counts from 2020 on
+        ({"rrule": "DTSTART:21000101T000000\nRRULE:FREQ=DAILY;COUNT=5"}, ""),
+        ({"rrule": "FREQ=DAILY;UNTIL=20200101"}, "no such time from now on: correct it"),
+        ({"rrule": "FREQ=DAILY;UNTIL=21000101"}, ""),
+        ({"rrule": "FREQ=DAILY;UNTIL=21000101T000000Z"}, "write its times without Z"),  # which its scheduler chokes on
+        ({}, ""),
+    ],
+)
+def test_a_schedule_that_never_comes_is_found(when: dict[str, Any], why: str) -> None:
+    found = never_comes(inbox(**when))
+    assert why in found and bool(why) == bool(found)
 
 
 def test_a_list_that_can_not_be() -> None:
