@@ -23,7 +23,7 @@ from protocols.net.hiding import date_forms, forms
 from protocols.net.words import clean
 from tasks.pulled import compared, of_studies
 from transfer import stopping
-from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
 from transfer.home import Home
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
@@ -152,6 +152,8 @@ def _why_no_get(peer: Peer, nothing: Mapping[str, str]) -> str:
                 key: value for key, value in nothing.items() if key != "PatientID" or asked.root == PATIENT_ROOT_GET
             }
             answer = asked.answer(keys | {"QueryRetrieveLevel": "STUDY"})
+    except Cancelled:
+        raise
     except DispatchError as exc:
         return exc.message
     refused = answer is not None and (answer.unsupported or failure(peer, answer))

@@ -22,7 +22,7 @@ from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.listener import Listener
 from protocols.dimse.transport import Peer
 from protocols.net.connection import SLICE_S
-from transfer.errors import DispatchError, Retryable
+from transfer.errors import Cancelled, DispatchError, Retryable
 
 PUSH_MODEL = "1.2.840.10008.1.20.1"
 PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"
@@ -156,7 +156,7 @@ def commit(
 
     Raises:
         CannotCommit: the peer doesn't support it, or doesn't answer the request.
-        Retryable: there is no association now.
+        Retryable: there is no association now. Cancelled: by `check`.
     """
     uids = list(instances)
     transactions = [
@@ -189,7 +189,7 @@ def _ask(peer: Peer, transaction: Transaction, wait_s: float, check: Callable[[]
     handlers = [(evt.EVT_N_EVENT_REPORT, OPEN.report, [served])]
     try:
         association = associate(peer, [(PUSH_MODEL, UNCOMPRESSED)], check, handlers=handlers)
-    except Retryable:
+    except (Retryable, Cancelled):
         raise
     except DispatchError as exc:
         raise CannotCommit(exc.message) from exc

@@ -40,7 +40,7 @@ def missing(peer: Peer, wanted: Iterable[Stored], check: Callable[[], None] = la
 
     Raises:
         CannotList: it doesn't support Study Root C-FIND, or not this query.
-        Retryable: the association ended, or there is none now.
+        Retryable: the association ended, or there is none now. Cancelled: by `check`.
     """
     by_series: dict[tuple[str, str], set[str]] = {}
     for one in wanted:
@@ -53,7 +53,7 @@ def missing(peer: Peer, wanted: Iterable[Stored], check: Callable[[], None] = la
         return set()
     try:
         association = associate(peer, [(STUDY_ROOT_FIND, UNCOMPRESSED)], check)
-    except Retryable:
+    except (Retryable, Cancelled):
         raise
     except DispatchError as exc:
         raise CannotList(exc.message) from exc

@@ -27,6 +27,7 @@ from tests.servers.dcmtk import dcmqrscp, storescp
 from tests.servers.orthanc import Orthanc, shared_orthanc
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort, Answer, Close, Commit, Report, Script, Silence, Store, Wait
+from tests.servers.wire import Proposal
 from tests.targets.dicom import AET, dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
 from transfer.errors import Cancelled
@@ -317,6 +318,23 @@ def test_cancelled_while_waiting_for_the_report(plan: Plan) -> None:
         assert time.monotonic() - begun < as_loaded(1 + STOP_S)
         assert len(sent.arrived) == 5, "what was confirmed stays confirmed"
     timer.cancel()
+
+
+@pytest.mark.parametrize("level", ["listed", "proven"])
+def test_cancelled_while_an_association_is_asked_for_to_verify(plan: Plan, level: str) -> None:
+    cancelled = threading.Event()
+
+    def asked(proposal: Proposal) -> Script:
+        if proposal.association == 1:
+            return None
+        cancelled.set()
+        return Silence()
+
+    with scp(on_associate=asked) as peer:
+        target = dicom_target(peer.port, aet_target=peer.aet, **settings(verify=level, idle_timeout_s=60))
+        sent = attempt(target, plan, cancelled=cancelled)
+        assert isinstance(sent.error, Cancelled), sent
+        assert len(sent.arrived) == 5
 
 
 # ---- with TLS
