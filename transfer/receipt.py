@@ -9,14 +9,18 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, overload
+from itertools import islice
+from typing import Any
 
+from transfer import lines
 from transfer.errors import Cancelled
+from transfer.lines import ItemResult as ItemResult
+from transfer.lines import Lines as Lines
 from transfer.outcome import ARRIVED, UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
 
@@ -39,71 +43,6 @@ class State(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     WAITING = "waiting"
-
-
-@dataclass(frozen=True, slots=True)
-class ItemResult:
-    """One line of a receipt."""
-
-    path: str
-    sop_instance_uid: str
-    outcome: Kind
-    detail: str = ""
-
-    @classmethod
-    def of(cls, item: Item, outcome: Outcome) -> ItemResult:
-        """Return the line about an item."""
-        return cls(item.shown, item.sop_instance_uid, outcome.kind, outcome.detail)
-
-    def to_json(self) -> dict[str, str]:
-        """Return the JSON of one item."""
-        return {
-            "path": self.path,
-            "sop_instance_uid": self.sop_instance_uid,
-            "outcome": str(self.outcome),
-            "detail": self.detail,
-        }
-
-
-class Lines(Sequence[ItemResult]):
-    """The lines of a receipt about items and their outcomes, made when they are asked for.
-
-    Kept, those of 100,000 items would be 7 MB more, and each look at one of them costs less than to make it.
-    """
-
-    def __init__(self, items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
-        self._items, self._outcomes = items, outcomes
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, at: int) -> ItemResult: ...
-    @overload
-    def __getitem__(self, at: slice) -> Lines: ...
-    def __getitem__(self, at: int | slice) -> ItemResult | Lines:
-        if isinstance(at, slice):
-            return Lines(self._items[at], self._outcomes[at])
-        return ItemResult.of(self._items[at], self._outcomes[at])
-
-    def __iter__(self) -> Iterator[ItemResult]:
-        return map(ItemResult.of, self._items, self._outcomes)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
-
-    def __hash__(self) -> int:
-        return hash(len(self))
-
-    def kinds(self) -> Iterator[Kind]:
-        """Yield the kind of each outcome."""
-        return (outcome.kind for outcome in self._outcomes)
-
-    def of(self, kinds: Collection[Kind]) -> Iterator[ItemResult]:
-        """Yield the lines whose outcome is of one of these kinds."""
-        for item, outcome in zip(self._items, self._outcomes, strict=True):
-            if outcome.kind in kinds:
-                yield ItemResult.of(item, outcome)
 
 
 @dataclass(frozen=True)
@@ -140,18 +79,27 @@ class Receipt:
         """How many items have no confirmation yet."""
         return self.counts[Kind.UNSENT] + self.missing
 
-    @cached_property
+    @property
     def counts(self) -> dict[Kind, int]:
         """The number of items by kind of outcome."""
-        items = self.items
-        seen = Counter(items.kinds() if isinstance(items, Lines) else (item.outcome for item in items))
+        return self._counts if not isinstance(self.items, lines.Packed) else self._counted()
+
+    @cached_property
+    def _counts(self) -> dict[Kind, int]:
+        return self._counted()
+
+    def _counted(self) -> dict[Kind, int]:
+        seen = lines.counts(self.items)
         return {kind: seen[kind] for kind in Kind}
 
     def of(self, *kinds: Kind) -> Iterator[ItemResult]:
         """Yield the items whose outcome is of one of these kinds."""
-        if isinstance(self.items, Lines):
-            return self.items.of(kinds)
-        return (item for item in self.items if item.outcome in kinds)
+        return lines.of(self.items, kinds)
+
+    @property
+    def packed(self) -> Receipt:
+        """The same, as small as it can be, where there are many of them."""
+        return replace(self, items=lines.Packed(self.items))
 
     @property
     def odd(self) -> Iterator[ItemResult]:
@@ -172,10 +120,7 @@ class Receipt:
     @classmethod
     def from_json(cls, target: str, document: dict[str, Any]) -> Receipt:
         """Return the receipt that `to_json` made this of, with all items."""
-        items = tuple(
-            ItemResult(one["path"], one["sop_instance_uid"], Kind(one["outcome"]), one["detail"])
-            for one in document["items"]
-        )
+        items = lines.read(document["items"])
         stopped = State(document["state"]) if document["state"] in (State.CANCELLED, State.WAITING) else None
         return cls(
             target,
@@ -188,7 +133,7 @@ class Receipt:
             document["error"],
             tuple(document["notes"]),
             stopped,
-            document["unsent"] - sum(item.outcome is Kind.UNSENT for item in items),
+            document["unsent"] - lines.counts(items)[Kind.UNSENT],
         )
 
     def to_json(self, all_items: bool = False) -> dict[str, Any]:
@@ -220,9 +165,10 @@ class Receipt:
 def pieces(receipt: Receipt) -> Iterator[bytes]:
     """Yield the JSON of `Receipt.to_json` with all items, piece by piece."""
     yield json.dumps(receipt.facts())[:-1].encode() + b', "items": [\n'
-    for start in range(0, len(receipt.items), PIECE_ITEMS):
-        lines = map(_line, receipt.items[start : start + PIECE_ITEMS])
-        yield (",\n" if start else "").encode() + ",\n".join(lines).encode()
+    every, before = iter(receipt.items), ""
+    while piece := [*islice(every, PIECE_ITEMS)]:
+        yield (before + ",\n".join(map(_line, piece))).encode()
+        before = ",\n"
     yield b"]}"
 
 

@@ -30,7 +30,7 @@ class Each(StrEnum):
     UNIT = "unit"  # each unit of a source, which the paths list (`transfer.unitlist`)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FloodStudy:
     """One study of a flood.
 

@@ -22,6 +22,7 @@ from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, summar
 from tasks.dispatch.gone import GONE, arrived_rows, gone_studies, reject_gone
 from tasks.dispatch.push import failure_of
 from tasks.dispatch.rest import Left
+from tasks.dispatch.rows import Rows, settled
 from tasks.driver import Driver
 from transfer.errors import (
     Cancelled,
@@ -36,8 +37,9 @@ from transfer.errors import (
 from transfer.fanout import each
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.lines import Joined
 from transfer.plan import Origin, Plan
-from transfer.receipt import ItemResult, Level, Receipt, State, overall
+from transfer.receipt import Level, Receipt, State
 from transfer.staging import Way, discard, stage
 from transfer.studies import Each, FloodStudy, flood_id, listed
 
@@ -257,7 +259,7 @@ class Flood(Delivery):
                 if delivery.wants_hook:
                     self._first_hook(study, delivery)
             except Cancelled:
-                self._partly[study.name] = delivery.receipt()
+                self._partly[study.name] = delivery.receipt().packed
                 raise
             except Exception as exc:  # whatever it is, it must not end the other studies
                 if not isinstance(exc, DispatchError):
@@ -286,14 +288,14 @@ class Flood(Delivery):
     def _settles(self, study: FloodStudy, receipt: Receipt) -> None:
         with self._guard:
             self._partly.pop(study.name, None)
-            self._settled[study.name] = receipt
+            self._settled[study.name] = receipt.packed
         self.progress.add(done=1, moved=receipt.bytes)
 
     def _fails(self, study: FloodStudy, receipt: Receipt, error: DispatchError) -> None:
         """Keep that a study failed at the target; raise if the target is to blame."""
         self._in_row += 1
         if isinstance(error, Unreachable | LedgerAway):
-            self._partly[study.name] = receipt
+            self._partly[study.name] = receipt.packed
             raise error
         self._stumbles(study, receipt, error)
         if self._in_row < self._most:
@@ -316,7 +318,7 @@ class Flood(Delivery):
             self._settles(study, receipt)
             self._given_up = max(self._given_up or error, error, key=_severity)
         else:
-            self._partly[study.name] = receipt
+            self._partly[study.name] = receipt.packed
             self._why = error
 
     @property
@@ -437,11 +439,7 @@ class Flood(Delivery):
             notes.append(f"… {len(bad) - SHOWN_FAILURES} more studies")
         return Receipt(
             self.target.name,
-            tuple(
-                ItemResult(f"{name}/{item.path}", item.sop_instance_uid, item.outcome, item.detail)
-                for name, one in found.items()
-                for item in one.items
-            ),
+            Joined((name, one.items) for name, one in found.items()),
             sum(one.bytes for one in found.values()),
             0.0 if self._begun is None else max(0.0, self._ended - self._begun),
             min((one.verified for one in found.values()), key=LEVELS.index),
@@ -463,32 +461,11 @@ def _severity(error: DispatchError) -> tuple[bool, bool]:
     return type(error) is DispatchError, not isinstance(error, Retryable)
 
 
-def rows(studies: Studies, deliveries: Sequence[Delivery], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each study: its dispatch, its state, and its receipt at every target.
+def rows(studies: Studies, deliveries: Sequence[Delivery], before: Sequence[dict[str, Any]]) -> Rows:
+    """Return a row for each study.
 
     Args:
-        before: the rows of the run's last part; from there come those of targets for which this part had nothing to do.
+        before: the rows of the run's last part.
     """
-    earlier = {row["study"]: row for row in before}
     receipts = {one.target.name: one.receipts() for one in deliveries if isinstance(one, Flood)}
-    found = []
-    for study in studies.all:
-        old = earlier.get(study.name, {"dispatch_id": "", "targets": {}})
-        targets = dict(old["targets"])
-        for name, of_target in receipts.items():
-            receipt = of_target[study.name]
-            targets[name] = receipt.facts() | {"items": [item.to_json() for item in receipt.items]}
-        state = overall([State(one["state"]) for one in targets.values()])
-        dispatch_id = studies.ids.get(study.name) or old["dispatch_id"]
-        found.append({"study": study.name, "dispatch_id": dispatch_id, "state": str(state), "targets": targets})
-    return found
-
-
-def settled(target: str, before: Sequence[dict[str, Any]]) -> dict[str, Receipt]:
-    """Return the receipts of the studies that are settled at a target, from the rows of the run's last part."""
-    found = {row["study"]: row["targets"].get(target) for row in before}
-    return {
-        name: Receipt.from_json(target, one)
-        for name, one in found.items()
-        if one and one["state"] not in (State.WAITING, State.CANCELLED)
-    }
+    return Rows(studies.all, studies.ids, receipts, before)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tasks.dispatch.delivery import Delivery, lacking
+from transfer import lines
 from transfer.item import Item, path_of
 from transfer.outcome import Kind, Outcome
 from transfer.receipt import State
@@ -23,7 +24,7 @@ def reject_gone(delivery: Delivery, before: Mapping[str, Any] | None) -> None:
     Args:
         before: that receipt, with all items; None if there is none.
     """
-    unsent = [one["path"] for one in (before or {}).get("items", ()) if one["outcome"] == Kind.UNSENT]
+    unsent = [one.path for one in lines.of(lines.read(before.get("items", ())), [Kind.UNSENT])] if before else []
     if not unsent:
         return
     there = {item.shown for item in (*delivery.plan.items, *delivery.refused)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
 
+from transfer import lines
 from transfer.home import Home
 
 PART_CHARS = 1 << 18  # of one artifact's data: some 6,000 items, of which its request takes several copies
@@ -51,10 +53,17 @@ async def keep(client: PrefectClient, flow_run_id: UUID, pieces: Iterable[bytes]
             await client.delete_artifact(old.id)
 
 
-def here(home: Home, run_id: str) -> dict[str, Any] | None:
-    """Return the receipts of a run that this machine has; None if it has none, or only damaged ones."""
-    with suppress(OSError, ValueError):
-        document = json.loads(home.receipt(run_id).read_bytes())
+def here(home: Home, run_id: str, *, packed: bool = False) -> dict[str, Any] | None:
+    """Return the receipts of a run that this machine has; None if it has none, or only damaged ones.
+
+    Args:
+        packed: whether their lines are to be packed (`transfer.lines`), as for a run that goes on.
+    """
+    with (
+        suppress(OSError, ValueError, LookupError, TypeError, AttributeError),
+        open(home.receipt(run_id), "rb") as file,
+    ):
+        document = lines.document(file) if packed else json.load(file)
         return document if isinstance(document, dict) else None
     return None
 
@@ -71,8 +80,8 @@ def _compressed(pieces: Iterable[bytes]) -> tuple[str, str]:
     return encoded.decode("ascii"), digest.hexdigest()
 
 
-async def read(client: PrefectClient, flow_run_id: UUID) -> dict[str, Any] | None:
-    """Return the last complete receipts of a run; None if the server has none."""
+async def read(client: PrefectClient, flow_run_id: UUID, *, packed: bool = False) -> dict[str, Any] | None:
+    """Return the last complete receipts of a run, packed or not; None if the server has none."""
     sets: dict[str, dict[int, Artifact]] = {}
     for part in await _parts(client, flow_run_id):  # the newest first
         mark = part.metadata_ or {}
@@ -82,18 +91,18 @@ async def read(client: PrefectClient, flow_run_id: UUID) -> dict[str, Any] | Non
         if len(parts) < int(mark["parts"]):
             continue  # its writer was killed
         texts = [str(parts[number].data) for number in sorted(parts)]
-        document = await asyncio.to_thread(_document, texts, str(mark["sha256"]))
+        document = await asyncio.to_thread(_document, texts, str(mark["sha256"]), packed)
         if document is not None:
             return document
     return None
 
 
-def _document(texts: list[str], digest: str) -> dict[str, Any] | None:
+def _document(texts: list[str], digest: str, packed: bool) -> dict[str, Any] | None:
     """Return the document that parts hold together; None if it is another."""
     data = zlib.decompress(base64.b64decode("".join(texts)))
     if hashlib.sha256(data).hexdigest() != digest:
         return None
-    document: dict[str, Any] = json.loads(data)
+    document: dict[str, Any] = lines.document(io.BytesIO(data)) if packed else json.loads(data)
     return document
 
 

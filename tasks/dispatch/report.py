@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -194,12 +194,13 @@ def _row(receipt: Receipt) -> dict[str, Any]:
 
 def _study_rows(studies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what people see of a flood's studies: those that were not delivered first."""
-    shown = sorted(studies, key=lambda row: row["state"] == State.DELIVERED)[:SHOWN_STUDIES]
+    first = (row for row in studies if row["state"] != State.DELIVERED)
+    others = (row for row in studies if row["state"] == State.DELIVERED)
     return [
         {"study": row["study"], "dispatch": row["dispatch_id"], "target": name}
         | {key: one[key] for key in ("state", "delivered", "already", "rejected", "unsent", "hook")}
         | {"error": one["error"] or ""}
-        for row in shown
+        for row in islice(chain(first, others), SHOWN_STUDIES)
         for name, one in row["targets"].items()
     ]
 

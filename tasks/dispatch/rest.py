@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -149,13 +150,14 @@ async def load_with(
 
 
 async def receipts(client: PrefectClient, home: Home, run_id: str, *, here: bool = False) -> dict[str, Any] | None:
-    """Return a run's receipts so far; None if there are none.
+    """Return a run's receipts so far, with their lines packed; None if there are none.
 
     Args:
         here: whether this host had its last part; else its file may be of an earlier one, and the server's comes first.
     """
-    found = kept_receipts.here(home, run_id) if here else None
-    return found or await kept_receipts.read(client, UUID(run_id)) or kept_receipts.here(home, run_id)
+    read, at_home = kept_receipts.read, partial(kept_receipts.here, home, run_id, packed=True)
+    found = at_home() if here else None
+    return found or await read(client, UUID(run_id), packed=True) or at_home()
 
 
 def save(home: Home, ledger: Ledger, run_id: str, rest: Rest) -> None:

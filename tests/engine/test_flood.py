@@ -265,7 +265,7 @@ def test_the_next_part_does_only_what_the_last_one_left(tmp_path: Path) -> None:
     first.stopped = State.WAITING
     receipt = first.receipt()
     assert receipt.state is State.WAITING and receipt.unsent and receipt.counts[Kind.DELIVERED] == 6
-    found = json.loads(json.dumps(rows(first.studies, [first], [])))
+    found = json.loads(json.dumps([*rows(first.studies, [first], [])]))
     assert [row["state"] for row in found].count("waiting") == 3
     up.append(True)
     (bench.root / "s0" / "CT0001.dcm").unlink()  # nobody reads again what is settled
@@ -415,7 +415,7 @@ def test_what_has_failed_is_tried_again_by_a_retry_and_not_by_the_next_part(tmp_
     with pytest.raises(Misconfigured):
         first.push()
     assert first.receipt().error == "2 of 2 studies were not delivered: not so"
-    left = Rest({"studies": rows(first.studies, [first], [])}, {"shelf": Left(begun=begun), "other": Left(ended=True)})
+    left = Rest({"studies": [*rows(first.studies, [first], [])]}, {"shelf": Left(begun=begun), "other": Left(ended=True)})
     bench.driver = Driver(FolderTarget, lambda target: Health(), all_of_it, facts=Facts())
     again = bench.flood(list(left.studies("shelf")))
     assert again.push().state is (State.FAILED if begun else State.DELIVERED)
@@ -474,7 +474,7 @@ def test_of_studies_that_failed_beside_others_the_worst_is_the_cause(tmp_path: P
     receipt = flood.push()  # the target has answered for others: it is not to blame
     assert receipt.state is State.PARTIAL and cause_of(receipt, flood.reason) is Cause.REFUSED
     assert receipt.error == "2 of 4 studies were not delivered, see the notes"
-    parts = bench.flood(rows(flood.studies, [flood], []))
+    parts = bench.flood([*rows(flood.studies, [flood], [])])
     parts.resume(Left(**json.loads(json.dumps(asdict(flood.leave(Left()))))))
     assert cause_of(receipt, parts.reason) is Cause.REFUSED  # also after the run has rested
     errors[ids[3]] = RuntimeError("a bug")

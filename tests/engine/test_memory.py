@@ -12,7 +12,9 @@ import pytest
 from blocks.folder import FolderTarget
 from talaria.testing import studies
 from tasks import DRIVERS
+from tasks.dispatch import kept
 from tasks.dispatch.delivery import Delivery
+from tasks.dispatch.flood import Flood, rows, studies_of
 from tasks.dispatch.report import pieces
 from tasks.dispatch.stage import plan_and_stage
 from transfer.home import Home
@@ -20,8 +22,11 @@ from transfer.ledger import Ledger, write_whole
 from transfer.outcome import Kind
 from transfer.plan import Origin
 from transfer.receipt import Receipt
+from transfer.staging import Way
+from transfer.studies import Each
 
 FILES = 2000  # many, as other tests of the process may have left threads at work
+STUDIES, EACH = 200, 5  # of a flood, and files of one
 MOST_BYTES = 620  # for each, of Python's own objects; benchmarks/around.py measures what a process takes beside them
 
 
@@ -61,3 +66,41 @@ def test_a_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     receipt, many = dispatched(tmp_path / "many", tmp_path / "third")
     assert receipt.counts[Kind.DELIVERED] == FILES + 3
     assert (many - few) / FILES < MOST_BYTES
+
+
+def flooded(source: Path, folder: Path) -> tuple[Receipt, int]:
+    """Dispatch a folder of studies to a folder as a run does; return the receipt of all, and that most, in bytes."""
+    (folder / "archive").mkdir(parents=True)
+    home, stop = Home(folder / "home"), threading.Event()
+    home.root.mkdir()
+    target = FolderTarget(folder=str(folder / "archive"))
+    target.named("archive")
+    with Ledger(home.ledger) as ledger:
+        gc.collect()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            how = (), Origin(), home.staging / "run", stop, Way.READ, False, 1
+            studies = studies_of([str(source)], Each.FOLDER, *how)
+            flood = Flood(DRIVERS.of(target), target, studies, ledger, home, stop, "run", "")
+            flood.push()
+            receipt = flood.receipt()
+            what = studies.plan.dispatch_id, "run", receipt.state, [receipt], rows(studies, [flood], ())
+            write_whole(home.receipt("run"), pieces(*what))
+            del studies, flood, what
+            assert kept.here(home, "run", packed=True)  # as a part that comes back reads it
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    return receipt, most - before
+
+
+def test_a_file_of_a_flood_takes_no_more(tmp_path: Path) -> None:
+    """Its receipt had each file twice, as objects, and its study's plan beside them, until the last one was done."""
+    for number in range(STUDIES + 1):
+        studies.ct(tmp_path / ("many" if number else "few") / f"{number:03}", EACH, side=8)
+    flooded(tmp_path / "few", tmp_path / "first")
+    _, few = flooded(tmp_path / "few", tmp_path / "second")
+    receipt, many = flooded(tmp_path / "many", tmp_path / "third")
+    assert receipt.counts[Kind.DELIVERED] == STUDIES * EACH
+    assert (many - few) / (STUDIES - 1) / EACH < MOST_BYTES

@@ -36,7 +36,7 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     one = Server()
 
-    async def read(client: Any, run_id: UUID) -> dict[str, Any] | None:
+    async def read(client: Any, run_id: UUID, *, packed: bool) -> dict[str, Any] | None:
         return one.receipts if run_id == one.run.id else None
 
     monkeypatch.setattr(kept, "read", read)
