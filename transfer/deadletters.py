@@ -46,10 +46,10 @@ def keep(home: Home, run_id: str, plan: Plan, source: Path) -> str:
         plan: that of the staged files; its folder is taken away.
         source: the folder that their paths were relative to.
     """
-    folder = _folder(home, run_id)
+    folder = folder_of(home, run_id)
     if source == folder / FILES:
         return str(source)  # it was read from here, and stays
-    if not plan.items or any(item.in_place or item.problem for item in plan.items):
+    if not may_be_kept(plan):
         return ""
     discard(folder)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
@@ -64,18 +64,30 @@ def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
 
     It has not where other instances have come into the place of some: a sender may give each study the same names.
     """
-    folder = _folder(home, run_id)
+    folder = folder_of(home, run_id)
     files = folder / FILES
     try:
         source = os.fsdecode(bytes.fromhex(json.loads((folder / SOURCE).read_bytes())["source"]))
     except (OSError, ValueError, KeyError, TypeError):
         return list(paths)
+    if is_whole(files, source):
+        return list(paths)
+    os.utime(folder)  # it is wanted: the time of its retention begins anew
+    return [str(files)]
+
+
+def may_be_kept(plan: Plan) -> bool:
+    """Return True if all files of a plan are staged: none is read in place, or has something wrong with it."""
+    return bool(plan.items) and not any(item.in_place or item.problem for item in plan.items)
+
+
+def is_whole(files: Path, source: str) -> bool:
+    """Return True if the folder that the paths of kept files were relative to has still all of them."""
     for above, _, names in os.walk(files):
         there = os.path.join(source, os.path.relpath(above, files))
         if not all(_is_there(os.path.join(above, name), os.path.join(there, name)) for name in names):
-            os.utime(folder)  # it is wanted: the time of its retention begins anew
-            return [str(files)]
-    return list(paths)
+            return False
+    return True
 
 
 def _is_there(kept: str, place: str) -> bool:
@@ -110,7 +122,7 @@ class Lent:
     """
 
     def __init__(self, home: Home) -> None:
-        self.folder = _folder(home, str(uuid.uuid4()))
+        self.folder = folder_of(home, str(uuid.uuid4()))
         self.files = self.folder / FILES
         self._count = 0
 
@@ -182,10 +194,10 @@ def forget(home: Home, run_id: str, paths: Iterable[str] = ()) -> None:
     Args:
         paths: those that it was asked for.
     """
-    discard(_folder(home, run_id))
+    discard(folder_of(home, run_id))
     for name in read_by(paths):
-        if not (_folder(home, name) / SOURCE).exists():
-            discard(_folder(home, name))
+        if not (folder_of(home, name) / SOURCE).exists():
+            discard(folder_of(home, name))
 
 
 def clear(home: Home, before: float, keep: Collection[str] = ()) -> int:
@@ -223,5 +235,6 @@ def used(home: Home) -> int:
     return found
 
 
-def _folder(home: Home, run_id: str) -> Path:
+def folder_of(home: Home, run_id: str) -> Path:
+    """Return the folder of what is kept of a run."""
     return home.root / FAILED / run_id

@@ -29,6 +29,7 @@ from tasks.retrieve.report import document as whole_of
 from tasks.sources.elsewhere import lent_studies, lent_units
 from tasks.targets import check_destination, check_origin, load
 from transfer import deadletters, shared, unitlist
+from transfer.deadstudies import is_list
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.plan import Origin
@@ -166,18 +167,20 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     for target in await load(office.client, to, secrets=False):
         check_destination(target)  # before anything is kept for it
         check_origin(target, origin)
+    of_source = asked.get("each") == Each.UNIT and not all(map(is_list, asked["paths"]))
     if host := hosts.where_it_waits(flow_run):
-        if asked.get("each") == Each.UNIT:
+        if of_source:
             raise Misconfigured(
                 f"what it sent is in a source of the host {host}: `talaria jobs send {flow_run.id}` there"
             )
-        there = flow_run.labels.get(shared.KEPT)
-        asked["paths"] = [str(there)] if there else asked["paths"]
-    elif asked.get("each") == Each.UNIT:
+        if there := flow_run.labels.get(shared.KEPT):
+            asked |= {"paths": [str(there)]} | ({"each": str(Each.UNIT)} if asked.get("each") else {})
+    elif of_source:
         units = [str(row["study"]) for row in (await result(office, flow_run)).get("studies", ())]
         asked["paths"] = await lent_units(office.client, office.home, asked["paths"], units)
     elif (each := asked.get("each")) and (rows := (await result(office, flow_run)).get("studies")):
-        what = asked["paths"], Each(each), asked.get("exclude", ""), [str(row["study"]) for row in rows]
+        names = [str(row["study"]) for row in rows]
+        what = str(flow_run.id), asked["paths"], Each(each), asked.get("exclude", ""), names
         asked |= {"paths": await asyncio.to_thread(lent_studies, office.home, *what), "each": str(Each.UNIT)}
     else:
         asked["paths"] = await asyncio.to_thread(deadletters.lend, office.home, str(flow_run.id), asked["paths"])

@@ -10,19 +10,19 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from blocks.base import Target
 from tasks.dispatch import audited
 from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, summary
-from tasks.dispatch.gone import GONE, arrived_rows, gone_studies, reject_gone
+from tasks.dispatch.gone import GONE, arrived_rows, reject_gone
 from tasks.dispatch.push import failure_of
 from tasks.dispatch.rest import Left
 from tasks.dispatch.rows import Rows, settled
+from tasks.dispatch.studies import Studies
 from tasks.driver import Driver
 from transfer.errors import (
     Cancelled,
@@ -38,115 +38,14 @@ from transfer.fanout import each
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.lines import Joined
-from transfer.plan import Origin, Plan
+from transfer.plan import Plan
 from transfer.receipt import Level, Receipt, State
-from transfer.staging import Way, discard, stage
-from transfer.studies import Each, FloodStudy, flood_id, listed
+from transfer.studies import FloodStudy
 
 AT_ONCE = 4  # studies to one target, if it takes so many connections
 IN_ROW = 3  # studies that fail one after another say that the target is to blame, unless its check finds it well
-KEPT = 32  # staged studies that wait for the other targets; one that is late finds its study staged anew
 LEVELS = [Level.ACCEPTED, Level.LISTED, Level.PROVEN]
 logger = logging.getLogger(__name__)
-
-
-class Studies:
-    """The studies of a flood, staged when they are asked for; safe to use from several threads.
-
-    Args:
-        into: the folder for staged files, which the caller removes.
-        sharers: how many targets get each study.
-    """
-
-    def __init__(
-        self,
-        studies: Sequence[FloodStudy],
-        exclude: tuple[str, ...],
-        origin: Origin,
-        into: Path,
-        cancelled: threading.Event,
-        way: Way,
-        sharers: int,
-    ) -> None:
-        self.all, self.plan = studies, Plan(flood_id(studies), into, (), origin=origin)
-        self.ids: dict[str, str] = {}  # of the dispatches, by the study's name
-        self.earlier: dict[str, dict[str, Any]] = {}  # rows of receipts of an earlier part, or of what is retried
-        self._exclude, self._into, self._cancelled, self._way = exclude, into, cancelled, way
-        self._kept = KEPT if sharers > 1 else 0
-        self._staged: dict[str, _Staged] = {}
-        self._lock, self._numbers = threading.Lock(), itertools.count()
-        into.mkdir(parents=True, mode=0o700, exist_ok=True)
-
-    def lack(self, before: Sequence[dict[str, Any]], targets: Sequence[str]) -> None:
-        """Let those studies of earlier receipts fail that have yet to come to some target, and are there no more."""
-        gone = gone_studies(self.all, before, targets)
-        # Nobody needs the others: rows of 100,000 files are 40 MB.
-        self.earlier = {one: row for row in before if (one := row["study"]) in gone or row["state"] != State.DELIVERED}
-        self.all = [*self.all, *(FloodStudy(name, (), problem=GONE) for name in gone)]
-        self.ids |= {name: str(self.earlier[name]["dispatch_id"]) for name in gone}
-
-    @contextmanager
-    def staged(self, study: FloodStudy) -> Iterator[Plan]:
-        """Plan and stage a study's files for the time of the block.
-
-        Raises:
-            DispatchError: as `scan` and `stage` do.
-        """
-        with self._lock:
-            one = self._staged.pop(study.name, None) or _Staged(self._into / str(next(self._numbers)))
-            self._staged[study.name] = one  # the one that was used last comes last
-            one.users += 1
-        try:
-            with one.lock:
-                if one.plan is None:
-                    one.plan = self._stage(study, one.folder)
-            yield one.plan
-        finally:
-            with self._lock:
-                one.users -= 1
-                idle = [name for name, other in self._staged.items() if not other.users]
-                gone = [self._staged.pop(name) for name in idle[: max(0, len(idle) - self._kept)]]
-            for other in gone:
-                discard(other.folder, other.plan)
-
-    def _stage(self, study: FloodStudy, folder: Path) -> Plan:
-        def check() -> None:
-            if self._cancelled.is_set():
-                raise Cancelled("the dispatch was cancelled")
-
-        plan = stage(study.read(self._exclude, self.plan.origin, check), folder, check, self._way)
-        # A target that is late gets the dispatch that the others got, even if a file has changed since.
-        return replace(plan, dispatch_id=self.ids.setdefault(study.name, plan.dispatch_id))
-
-
-def studies_of(
-    paths: Sequence[str],
-    each: Each,
-    exclude: tuple[str, ...],
-    origin: Origin,
-    into: Path,
-    cancelled: threading.Event,
-    way: Way,
-    copies: bool,
-    sharers: int,
-) -> Studies:
-    """List the studies of a flood, as `listed` does, without reading any of them.
-
-    Args:
-        copies: whether the files are copied before they are sent. The others: as of `Studies`.
-    """
-    if each is Each.UNIT:  # what may be moved or deleted afterwards is not to be changed by a link of ours
-        way = Way.COPY if copies else Way.PLACE
-    return Studies(listed(paths, each, exclude), exclude, origin, into, cancelled, way, sharers)
-
-
-class _Staged:
-    """A study that is staged, or about to be."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.users = folder, 0
-        self.plan: Plan | None = None
-        self.lock = threading.Lock()
 
 
 class Flood(Delivery):
@@ -293,6 +192,7 @@ class Flood(Delivery):
 
     def _fails(self, study: FloodStudy, receipt: Receipt, error: DispatchError) -> None:
         """Keep that a study failed at the target; raise if the target is to blame."""
+        self.studies.fails(study)
         self._in_row += 1
         if isinstance(error, Unreachable | LedgerAway):
             self._partly[study.name] = receipt.packed

@@ -5,7 +5,7 @@ A run that waits holds no files, and plans them anew. What its receipts say is u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tasks.dispatch.delivery import Delivery, lacking
@@ -34,21 +34,15 @@ def reject_gone(delivery: Delivery, before: Mapping[str, Any] | None) -> None:
         delivery.plan = delivery.plan.narrowed(delivery.plan.items, lacks=lacking(delivery.refused))
 
 
-def gone_studies(
-    found: Iterable[FloodStudy], before: Iterable[Mapping[str, Any]], targets: Sequence[str]
-) -> dict[str, None]:
-    """Return the names of a flood's studies that have yet to come to one of some targets, and are there no more.
+def gone_studies(found: Iterable[FloodStudy], before: Iterable[Mapping[str, Any]]) -> dict[str, None]:
+    """Return the names of a flood's studies that are there no more.
 
     Args:
         found: its studies, as they are listed now.
         before: the rows of its earlier receipts.
     """
     there = {study.name for study in found}
-    return {
-        str(row["study"]): None
-        for row in before
-        if row["study"] not in there and not all(_arrived(row, target) for target in targets)
-    }
+    return {str(row["study"]): None for row in before if row["study"] not in there}
 
 
 def arrived_rows(before: Iterable[dict[str, Any]], target: str, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -25,8 +25,9 @@ from tasks.dispatch import audited, line, rest, running, waiting
 from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import LeftToAnother, Paused, knows, say_ended, say_refused, sentence
-from tasks.dispatch.flood import Flood, Studies, rows, studies_of
+from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.gone import reject_gone
+from tasks.dispatch.keeping import Given, keep_files
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.leaving import is_left
 from tasks.dispatch.looks import Looks
@@ -35,8 +36,9 @@ from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import failure_of, hook_task, push_task
 from tasks.dispatch.report import has_run_before, pieces, progress_shown, report
 from tasks.dispatch.slots import NoSlot
-from tasks.dispatch.stage import Staged, keep_files, stage_files
+from tasks.dispatch.stage import Staged, stage_files
 from tasks.dispatch.stoppable import GRACE_S, stoppable
+from tasks.dispatch.studies import Studies, studies_of
 from tasks.targets import check_destination
 from transfer import deadletters
 from transfer import live as shown
@@ -122,8 +124,9 @@ class Dispatch:
         try:
             if each:
                 how = origin, self.staging, self.cancelled, way, by_name or copy_first, len(self._open)
-                self.studies = await self._readable(studies_of, paths, Each(each), patterns(exclude), *how)
-                self.studies.lack(self.earlier.get("studies", ()), [one.name for one in self._open])
+                what = self.home, self.flow_run_id, paths, Each(each), patterns(exclude)
+                self.studies = await self._readable(studies_of, *what, *how)
+                self.studies.lack(self.earlier.get("studies", ()))
                 return self.ledger.runs.same_dispatch(self.flow_run_id, self.studies.plan)
             paths = await self._readable(deadletters.instead, self.home, self.flow_run_id, paths)
             staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled, way))
@@ -291,11 +294,11 @@ class Dispatch:
         state = overall([receipt.state for receipt in receipts])
         outputs = {d.target.name: f"{d.hook_result}\n{d.hook_output}" for d in self.deliveries if d.hook_result}
         rests = bool(self.looks.waits) and not self.cancelled.is_set()
+        studies = self.looks.rest.document.get("studies")
+        if self.studies is not None:
+            studies = rows(self.studies, self.deliveries, studies or ())
         if new or self.looks.failed:
             brief = rests and bool(self.looks.rest.document)
-            studies = self.looks.rest.document.get("studies")
-            if self.studies is not None:
-                studies = rows(self.studies, self.deliveries, studies or ())
             what = self.home, dispatch_id, self.flow_run_id, state, receipts, outputs
             await patiently(lambda: report(*what, brief=brief, studies=studies))
             said = self.ledger, dispatch_id, receipts, self.deliveries, self.looks.failed
@@ -317,8 +320,9 @@ class Dispatch:
             return AwaitingRetry(scheduled_time=first, message=rest.message(self.looks.waits.values(), message))
         staged = self.staged, self.staging, self.cancelled
         unsent = any(one.unsent for one in receipts)
+        flood = None if studies is None else Given(self.studies, studies)
         try:  # it may read the source once more
-            await self._stoppable(keep_files(self.home, self.flow_run_id, *staged, state, unsent))
+            await self._stoppable(keep_files(self.home, self.flow_run_id, *staged, state, unsent, flood))
         except asyncio.CancelledError:
             if not self.cancelled.is_set():
                 raise

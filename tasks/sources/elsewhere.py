@@ -17,14 +17,15 @@ from prefect.client.orchestration import PrefectClient
 from blocks import Source
 from tasks.sources.saved import KEPT
 from tasks.sources.units import root, units
-from transfer import unitlist
+from transfer import deadstudies, unitlist
 from transfer.beneath import resolved
 from transfer.deadletters import Lent, read_by
+from transfer.deadstudies import listed_or_kept
 from transfer.errors import NotFound
 from transfer.globs import patterns
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.studies import Each, FloodStudy, listed
+from transfer.studies import Each, FloodStudy
 from transfer.unitlist import ListedUnit
 
 LIST = "units.jsonl"
@@ -52,22 +53,27 @@ async def lent_units(client: PrefectClient, home: Home, paths: Sequence[str], ke
     return await asyncio.to_thread(_lent, home, lists, sources, keys)
 
 
-def lent_studies(home: Home, paths: Sequence[str], each: Each, exclude: str, names: Sequence[str]) -> list[str]:
-    """Return the list to read instead of a folder of studies, or another list, that a flood was made of.
+def lent_studies(
+    home: Home, run_id: str, paths: Sequence[str], each: Each, exclude: str, names: Sequence[str]
+) -> list[str]:
+    """Return the list to read instead of a folder of studies, or another list, that a run's flood was made of.
 
     Args:
         names: of the studies that were dispatched; those that are there no more are listed all the same, so that the
             dispatch says so of each.
 
     Raises:
-        NotFound, Denied, Misconfigured: as `listed` does.
+        NotFound, Denied, Misconfigured: as `listed_or_kept` does.
+        Busy: there is no room for links to what is in the state directory.
     """
-    found = {study.name: study for study in listed(paths, each, patterns(exclude))}
+    found = {study.name: study for study in listed_or_kept(home, run_id, paths, each, patterns(exclude))}
     with Lent(home) as lent:
-        writer = unitlist.Writer(lent.make() / LIST)
+        writer = unitlist.Writer(lent.make() / deadstudies.LIST)
         try:
             for name in names:
-                writer.add(_listed(name, found.get(name), paths[0]))
+                study = found.get(name)
+                unit = _listed(name, study, paths[0])
+                writer.add(_own(lent, unit) if study and not study.problem else unit)
             writer.close()
         except BaseException:
             writer.abandon()

@@ -23,9 +23,10 @@ from talaria.testing import studies as material
 from talaria.testing.process import free_port
 from tasks.dispatch import breaker
 from tasks.dispatch.delivery import HookFailed
-from tasks.dispatch.flood import Flood, Studies, rows
+from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.push import push as push_once
 from tasks.dispatch.rest import Left, Rest
+from tasks.dispatch.studies import Studies
 from tasks.driver import Driver, Facts, HookResult
 from tasks.happened import Cause, cause_of
 from tests.engine.material import dicom, files, folder
@@ -33,6 +34,7 @@ from tests.servers.dcmtk import storescp
 from tests.servers.scp import scp
 from tests.servers.steps import Store
 from tests.servers.up import Talaria
+from transfer.deadstudies import Letters, listed_or_kept
 from transfer.errors import (
     Busy,
     Cancelled,
@@ -336,6 +338,43 @@ def test_a_study_that_is_staged_anew_keeps_its_dispatch(tmp_path: Path) -> None:
         assert plan.dispatch_id == first and len(plan.items) == 3
 
 
+def test_what_was_linked_of_a_study_that_failed_is_there_when_the_flood_is_over(tmp_path: Path) -> None:
+    """Its sender may take it away as soon as it has been read; of what arrived nothing stays."""
+    made(tmp_path / "many", 3)
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        if plan.dispatch_id == refused:
+            shutil.rmtree(bench.root / "s1")
+            raise Denied("no")
+        return all_of_it(target, plan, report)
+
+    bench = Bench(tmp_path, push, concurrency=1)
+    refused = scan([bench.root / "s1"]).dispatch_id
+    flood = bench.flood()
+    flood.push()
+    assert len([*bench.staging.iterdir()]) == 1
+    staged, source = flood.studies.left(flood.studies.all[1]) or (None, None)
+    assert source == bench.root / "s1" and staged and scan([staged]).dispatch_id == refused
+    with pytest.raises(NotFound):
+        flood.studies.left(listed([str(tmp_path / "many"), str(tmp_path / "none")], Each.PATH)[1])
+    letters = Letters(bench.home, "run")
+    letters.keep("s1", staged, source)
+    assert letters.save({"s1", "s2"})
+    again = listed_or_kept(bench.home, "run", [str(bench.root)], Each.FOLDER, ())
+    assert [study.name for study in again] == ["s0", "s2", "s1"]
+    assert again[2].read((), Origin()).dispatch_id == refused
+    material.ct(bench.root / "s1", 2)  # another one has its name
+    again = listed_or_kept(bench.home, "run", [str(bench.root)], Each.FOLDER, ())
+    assert [study.name for study in again] == ["s0", "s1", "s2"]
+    assert again[1].read((), Origin()).dispatch_id == refused
+    shutil.rmtree(bench.root)
+    (alone,) = listed_or_kept(bench.home, "run", [str(bench.root)], Each.FOLDER, ())
+    assert alone.name == "s1"
+    assert not Letters(bench.home, "run").save(set()) and not (bench.home.root / "failed" / "run").exists()
+    with pytest.raises(NotFound):
+        listed_or_kept(bench.home, "run", [str(bench.root)], Each.FOLDER, ())
+
+
 def test_the_script_is_run_for_each_study_and_again_where_it_failed(tmp_path: Path) -> None:
     made(tmp_path / "many", 4, files=1)
     bench = Bench(tmp_path, all_of_it)
@@ -415,7 +454,9 @@ def test_what_has_failed_is_tried_again_by_a_retry_and_not_by_the_next_part(tmp_
     with pytest.raises(Misconfigured):
         first.push()
     assert first.receipt().error == "2 of 2 studies were not delivered: not so"
-    left = Rest({"studies": [*rows(first.studies, [first], [])]}, {"shelf": Left(begun=begun), "other": Left(ended=True)})
+    left = Rest(
+        {"studies": [*rows(first.studies, [first], [])]}, {"shelf": Left(begun=begun), "other": Left(ended=True)}
+    )
     bench.driver = Driver(FolderTarget, lambda target: Health(), all_of_it, facts=Facts())
     again = bench.flood(list(left.studies("shelf")))
     assert again.push().state is (State.FAILED if begun else State.DELIVERED)
@@ -666,6 +707,28 @@ def test_a_folder_of_studies_goes_as_one_run(up: Talaria, tmp_path: Path) -> Non
         assert (again["targets"]["archive"]["already"], again["targets"]["archive"]["delivered"]) == (36, 1)
         assert again["dispatch_id"] == result["dispatch_id"] and len(pacs.files()) == 37
     assert not list((up.home / "staging").iterdir())
+
+
+@pytest.mark.timeout(600)
+def test_a_flood_that_was_given_up_needs_its_source_no_more(up: Talaria, tmp_path: Path) -> None:
+    """Seen: what was linked of its studies was kept for nobody; one of a single study keeps it for two weeks."""
+    many = made(tmp_path / "many", 3, files=1)
+    up.apply(off=dicom(free_port(), max_attempts=1), kept=folder(tmp_path / "kept"))
+    result = up.json("send", str(many), "--each", "folder", "--to", "off,kept", code=1)
+    run_id = result["flow_run_id"]
+    shutil.rmtree(many / "s1")
+    up.apply(elsewhere=folder(tmp_path / "elsewhere"))
+    sent = up.told("jobs", "send", run_id, "--to", "elsewhere")
+    assert sent["state"] == "delivered" and [row["study"] for row in sent["studies"]] == ["s0", "s1", "s2"]
+    assert [row["dispatch_id"] for row in sent["studies"]] == [row["dispatch_id"] for row in result["studies"]]
+    shutil.rmtree(many)
+    with storescp(tmp_path / "pacs") as pacs:
+        up.apply(off=dicom(pacs.port, max_attempts=1))
+        done = up.told("jobs", "retry", run_id, "--only", "off")
+        assert len(pacs.files()) == 3
+    assert done["state"] == "delivered" and done["targets"]["kept"] == result["targets"]["kept"]
+    assert [row["study"] for row in done["studies"]] == ["s0", "s1", "s2"]
+    assert not (up.home / "failed" / run_id).exists()
 
 
 @pytest.mark.timeout(600)

@@ -30,7 +30,7 @@ from talaria.engine.worker import LOST, Worker
 from talaria.service import Office, dispatches, jobs
 from talaria.testing import studies
 from talaria.testing.process import until
-from tasks.dispatch import line, running, stage
+from tasks.dispatch import keeping, line, running
 from transfer import silent
 from transfer.errors import LedgerAway, Misconfigured
 from transfer.home import Home
@@ -191,14 +191,14 @@ def test_a_run_of_which_files_are_kept_stays_with_its_host(
     studies.ct(shared / "study", 1)
     if not several:
         monkeypatch.delenv("TALARIA_LEDGER")
-    monkeypatch.setattr(stage, "get_client", lambda: nullcontext(server))
+    monkeypatch.setattr(keeping, "get_client", lambda: nullcontext(server))
     context = SimpleNamespace(parameters=run.parameters, flow_run=run)
-    monkeypatch.setattr(stage, "FlowRunContext", SimpleNamespace(get=lambda: context))
+    monkeypatch.setattr(keeping, "FlowRunContext", SimpleNamespace(get=lambda: context))
     home, flag = Home(tmp_path / "home"), threading.Event()
     home.root.mkdir()
 
     def ends(state: Ended) -> None:
-        asyncio.run(stage.keep_files(home, str(run.id), None, home.staging / "x", flag, state, unsent=True))
+        asyncio.run(keeping.keep_files(home, str(run.id), None, home.staging / "x", flag, state, unsent=True))
 
     ends(Ended.FAILED)
     files = home.root / "failed" / str(run.id) / "files"

@@ -14,9 +14,10 @@ from talaria.testing import studies
 from tasks import DRIVERS
 from tasks.dispatch import kept
 from tasks.dispatch.delivery import Delivery
-from tasks.dispatch.flood import Flood, rows, studies_of
+from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.report import pieces
 from tasks.dispatch.stage import plan_and_stage
+from tasks.dispatch.studies import studies_of
 from transfer.home import Home
 from transfer.ledger import Ledger, write_whole
 from transfer.outcome import Kind
@@ -26,7 +27,8 @@ from transfer.staging import Way
 from transfer.studies import Each
 
 FILES = 2000  # many, as other tests of the process may have left threads at work
-STUDIES, EACH = 200, 5  # of a flood, and files of one
+FEW, STUDIES, EACH = 40, 120, 5  # studies of a flood, how many more of another one, and files of each
+MOST_OF_FLOOD = 1000  # bytes for each of its files; it has a name, a path and a row for each study
 MOST_BYTES = 620  # for each, of Python's own objects; benchmarks/around.py measures what a process takes beside them
 
 
@@ -81,7 +83,7 @@ def flooded(source: Path, folder: Path) -> tuple[Receipt, int]:
         try:
             before, _ = tracemalloc.get_traced_memory()
             how = (), Origin(), home.staging / "run", stop, Way.READ, False, 1
-            studies = studies_of([str(source)], Each.FOLDER, *how)
+            studies = studies_of(home, "run", [str(source)], Each.FOLDER, *how)
             flood = Flood(DRIVERS.of(target), target, studies, ledger, home, stop, "run", "")
             flood.push()
             receipt = flood.receipt()
@@ -97,10 +99,9 @@ def flooded(source: Path, folder: Path) -> tuple[Receipt, int]:
 
 def test_a_file_of_a_flood_takes_no_more(tmp_path: Path) -> None:
     """Its receipt had each file twice, as objects, and its study's plan beside them, until the last one was done."""
-    for number in range(STUDIES + 1):
-        studies.ct(tmp_path / ("many" if number else "few") / f"{number:03}", EACH, side=8)
-    flooded(tmp_path / "few", tmp_path / "first")
-    _, few = flooded(tmp_path / "few", tmp_path / "second")
-    receipt, many = flooded(tmp_path / "many", tmp_path / "third")
-    assert receipt.counts[Kind.DELIVERED] == STUDIES * EACH
-    assert (many - few) / (STUDIES - 1) / EACH < MOST_BYTES
+    for number in range(2 * FEW + STUDIES):
+        studies.ct(tmp_path / ("few" if number < FEW else "many") / f"{number:03}", EACH, side=8)
+    _, few = flooded(tmp_path / "few", tmp_path / "first")
+    receipt, many = flooded(tmp_path / "many", tmp_path / "second")
+    assert receipt.counts[Kind.DELIVERED] == (FEW + STUDIES) * EACH
+    assert (many - few) / STUDIES / EACH < MOST_OF_FLOOD

@@ -268,7 +268,7 @@ def test_a_process_that_ends_says_of_no_dispatch_that_it_was_cancelled(
     assert not (up.home / "failed" / run_id).exists()
 
 
-@pytest.mark.parametrize("where", ["run.studies_of", "run.deadletters.instead", "stage._kept"])
+@pytest.mark.parametrize("where", ["run.studies_of", "run.deadletters.instead", "keeping._kept"])
 def test_a_dispatch_is_cancelled_while_the_share_of_its_files_hangs(
     up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -15,7 +15,8 @@ from blocks.folder import FolderTarget
 from blocks.inbox import InboxSource
 from blocks.source import Source
 from tasks import DRIVERS
-from tasks.dispatch.flood import Flood, Studies, rows
+from tasks.dispatch.flood import Flood, rows
+from tasks.dispatch.studies import Studies
 from tasks.driver import Driver
 from tasks.sources.sweep import Sweep, Swept
 from tasks.sources.ways import EndedRun

@@ -92,7 +92,7 @@ def test_studies_of_a_flood_are_those_that_it_had(home: Home, tmp_path: Path) ->
     before = {one.name: one for one in listed([many], Each.FOLDER)}
     names = [name for name in before if name != "later"]
     shutil.rmtree(many / "gone")
-    paths = lent_studies(home, [str(many)], Each.FOLDER, "", names)
+    paths = lent_studies(home, "run", [str(many)], Each.FOLDER, "", names)
     found = {one.name: one for one in listed(paths, Each.UNIT)}
     assert list(found) == names and names[-1] == "many/*"
     for name in ("a", "many/*"):
