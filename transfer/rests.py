@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from transfer.database import Database
 
+APART_S = 2.0  # by which a clock may be put right without having been wrong
 TABLES = """
 CREATE TABLE IF NOT EXISTS rests (
   flow_run_id TEXT PRIMARY KEY, home TEXT NOT NULL, kept TEXT NOT NULL, time DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
@@ -40,6 +41,12 @@ class Rests:
         with self._db.reading():
             row = self._db.execute("SELECT home, kept FROM rests WHERE flow_run_id=?", (run,)).fetchone()
         return (str(row[0]), str(row[1])) if row else None
+
+    def is_ahead(self, run: str) -> bool:
+        """Return True if what a run has left behind was noted before the clock was set back."""
+        with self._db.reading():
+            row = self._db.execute("SELECT time FROM rests WHERE flow_run_id=?", (run,)).fetchone()
+        return row is not None and row[0] > self._db.time() + APART_S
 
     def runs(self) -> set[str]:
         """Return the ids of the runs that have left something behind."""

@@ -46,6 +46,7 @@ from talaria.engine.lost import LOST, going_on
 from talaria.engine.parts import RetrievalParts
 from talaria.engine.recovery import abandoned, settle, taken_over
 from talaria.engine.registry import CHECKS
+from talaria.engine.setback import SetBack
 from talaria.engine.stray import LATE_S
 from talaria.engine.sweeping import keep_sweeping
 from talaria.engine.table import Flows
@@ -95,6 +96,7 @@ class Worker:
         self._flows = Flows(client)
         self._jobs: set[asyncio.Task[None]] = set()
         self._looking_back, self._slots = cancelled.LookingBack(), slots.Slots(client, home, ledger, self.alive)
+        self._set_back = SetBack()
         self._aside = Aside(client, home, ledger)
         self._parts = RetrievalParts(client, ledger, self.alive, self._called_back, self._do)
 
@@ -422,6 +424,7 @@ class Worker:
         """Ask the server for what events should have reported."""
         await self._set_alarms()
         await called.look(self.client, self.ledger, self.active, self._has_begun)
+        await self._set_back.look(self.client, self.ledger, self.pool, self.active, self._has_begun)
         await self._heed(list(self.active))
         await self._parts.look()
         states = [StateType.CANCELLING, StateType.PENDING, StateType.RUNNING]

@@ -69,6 +69,7 @@ class Left:
         error: the name of the class of its last error.
         given_up: that of what studies of a flood were given up for.
         ended: whether nothing is left to do.
+        beside: the lock of another run that does the same at the target, for whose end it waits.
         hook_tries: how often the target's script has failed; then everything has arrived, `verified` says how surely.
     """
 
@@ -89,6 +90,7 @@ class Left:
     verified: str = "accepted"
     notes: list[str] = field(default_factory=list)
     given_up: str = ""
+    beside: str = ""
 
 
 @dataclass
@@ -140,7 +142,7 @@ async def load_with(
         return Rest()
     with suppress(ValueError, TypeError, KeyError):
         where, kept = row[0], json.loads(row[1])
-        left = {name: Left(**one) for name, one in kept["left"].items()}
+        left = _left(ledger, run_id, kept)
         if kept.get("unread"):
             return Rest(left=left, unread=True, kept=True)
         document = await receipts(client, home, run_id, here=where == home.identity())
@@ -180,8 +182,17 @@ def unread(ledger: Ledger, run_id: str) -> dict[str, Left] | None:
     with suppress(ValueError, TypeError, KeyError):
         kept = json.loads(row[1])
         if kept.get("unread"):
-            return {name: Left(**one) for name, one in kept["left"].items()}
+            return _left(ledger, run_id, kept)
     return None
+
+
+def _left(ledger: Ledger, run_id: str, kept: dict[str, Any]) -> dict[str, Left]:
+    """Return what a run knows of its targets, by name."""
+    left, now = {name: Left(**one) for name, one in kept["left"].items()}, ledger.now()
+    if ledger.rests.is_ahead(run_id):  # it comes at once
+        for one in left.values():
+            one.since, one.tried, one.again = min(one.since, now), min(one.tried, now), 0.0
+    return left
 
 
 def forget(ledger: Ledger, run_id: str) -> None:
