@@ -11,22 +11,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain, groupby, pairwise
 from typing import Any
 
 from blocks.base import Target
+from tasks.dispatch import line
 from tasks.dispatch.known import Known
+from tasks.dispatch.ran import RanFolders
 from tasks.dispatch.rest import Left
 from tasks.driver import Driver, Facts
 from tasks.quiet import Quiet
+from transfer.database import LOST
 from transfer.errors import Cancelled, DispatchError, LedgerAway, Retryable
 from transfer.globs import excluded
 from transfer.home import Home
 from transfer.layout import names
-from transfer.ledger import AT, Ledger
+from transfer.ledger import Ledger
 from transfer.outcome import UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import Level, Lines, PushReport, Receipt, State
@@ -36,6 +39,7 @@ GAIN_BYTES = 65_536  # an attempt that moved less of a file has not got further
 OUTPUT_BYTES = 65_536  # of a hook's output, its end is kept
 SHOWN_CHARS = 500  # of it, in the run's state
 LINE_CHARS = 200  # of the last line that a failed script printed, where only that is shown
+BESIDE_S = 1.0  # a run that may rest waits no longer for another one that sends the same
 SHOWN_FAILURES = 20  # lines of failed attempts in a receipt
 
 
@@ -74,6 +78,7 @@ class Delivery:
     """
 
     unit = "items"
+    beside = ""  # the lock that keeps this run from its work, where another one does the same at the target
 
     def __init__(
         self,
@@ -117,7 +122,7 @@ class Delivery:
         self._ended = 0.0  # when the last step ended
         self._force = force
         self.known = Known(ledger, self.key, target, driver.facts, self.plan, PushReport(cancelled=cancelled).check)
-        self._ran = _Ran(ledger, *self.key)
+        self._ran = RanFolders(ledger, *self.key)
         self._folders: dict[str, str] = {}  # by path, where there is a script
         self._changed: set[str] = set()  # folders into which something has come
         self.progress = Progress(len(self.plan.items), self.plan.size)
@@ -132,6 +137,7 @@ class Delivery:
 
         Raises:
             DispatchError: as the driver does; what was confirmed is in the ledger.
+            SentByAnother: another run sends the same there.
         """
         self.attempts += 1
         self.error = None
@@ -139,7 +145,6 @@ class Delivery:
         plan, progress = self.plan, self.progress
         mark = progress.done, progress.moved
         try:
-            # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
             with self._alone("push", PushReport(cancelled=self.cancelled).check):
                 if self._before is None:
                     self._since = self.ledger.now()
@@ -177,6 +182,9 @@ class Delivery:
                 narrowed = plan.narrowed(items, done, rejected=rejected)
                 self._last = replace(self.driver.push(self.target, narrowed, report), items=())
                 self.heard = bool(narrowed.pending)
+        except SentByAnother:
+            self.attempts -= 1
+            raise
         except DispatchError as exc:
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
@@ -220,6 +228,7 @@ class Delivery:
             self.hook_tries,
             str(self._last.verified if self._last else Level.ACCEPTED),
             [self.quiet.hide(note) for note in self._last.notes] if self._last else [],
+            beside=self.beside,
         )
 
     def resume(self, left: Left) -> None:
@@ -294,11 +303,11 @@ class Delivery:
             HookFailed: it did not end well, or in time.
             DispatchError: it could not be run (not there, not executable, no login), the connection was lost while it
                 ran, or somebody stopped it.
+            SentByAnother: another run does it.
         """
         if self.driver.hook is None:
             raise TypeError(f"targets of type {self.target.type_name} have no hook")
         report = PushReport(cancelled=self.cancelled)
-        # The same dispatch, started twice: the second waits, then finds that it has been run.
         try:
             with self._alone("hook", report.check):
                 if not self._hook_is_done():
@@ -350,10 +359,30 @@ class Delivery:
 
     @contextmanager
     def _alone(self, what: str, check: Callable[[], None]) -> Iterator[None]:
-        """Keep every other process, also of another host, from doing the same for this dispatch during the block."""
-        name = hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
-        with self.home.exclusive(name, check), self.ledger.exclusive(name, check):
-            yield
+        """Keep every other process, also of another host, from doing the same for this dispatch during the block.
+
+        Of the same dispatch to the same place, started twice, the second waits, and finds all of it done.
+
+        Raises:
+            SentByAnother: it has to wait for longer than its run does without resting.
+        """
+        name, begun = hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24], time.monotonic()
+
+        def waits() -> None:
+            check()
+            if self.may_rest and time.monotonic() > begun + BESIDE_S:
+                self.beside = name
+                raise SentByAnother(name)
+
+        self.beside, held = "", False
+        try:
+            with self.home.exclusive(name, waits), self.ledger.exclusive(name, waits):
+                held = True
+                yield
+        finally:
+            if held and self.may_rest:
+                with suppress(*LOST):  # then they come by themselves
+                    line.wake(self.ledger, line.of_the_same(name))
 
     def receipt(self, *, waiting: bool = False) -> Receipt:
         """Return the receipt of all attempts of this run; before the first one, of what is there already.
@@ -426,33 +455,8 @@ class Delivery:
             self._changed.add(folder)
 
 
-class _Ran:
-    """The folders for which a target's script has succeeded since something came into them, in the ledger.
-
-    Whichever dispatch it was: one that finds everything there does not run it again. Their names may be a patient's.
-    """
-
-    def __init__(self, ledger: Ledger, dispatch_id: str, destination: str, endpoint: str) -> None:
-        self._ledger, self._dispatch_id, self._endpoint = ledger, dispatch_id, endpoint
-        self._destination, self._place = destination, f"{AT}{endpoint}"
-
-    def __contains__(self, folder: object) -> bool:
-        row = self._ledger.hook(self._place, self._row(folder))
-        return row is not None and row.outcome == "done"
-
-    def add(self, folder: str) -> None:
-        self._ledger.record_hook(self._place, self._row(folder), self._endpoint, "done", 0, "")
-
-    def forget(self, folder: str) -> None:
-        """Forget that the script was run for a folder, and so for the dispatch."""
-        for key in ((self._place, self._row(folder)), (self._dispatch_id, self._destination)):
-            row = self._ledger.hook(*key)
-            if row and row.outcome == "done":
-                self._ledger.record_hook(*key, self._endpoint, "outdated", None, row.output)
-
-    def _row(self, folder: object) -> str:
-        mark = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-        return f"{self._destination}/{mark}"
+class SentByAnother(Exception):
+    """Another run does the same at the target; the text is the name of the lock that it holds."""
 
 
 class HookFailed(Retryable):

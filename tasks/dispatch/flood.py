@@ -17,11 +17,11 @@ from typing import Any
 
 from blocks.base import Target
 from tasks.dispatch import audited
-from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, summary
+from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, SentByAnother, summary
 from tasks.dispatch.gone import GONE, arrived_rows, reject_gone
 from tasks.dispatch.push import failure_of
 from tasks.dispatch.rest import Left
-from tasks.dispatch.rows import Rows, settled
+from tasks.dispatch.rows import StudyRows, settled
 from tasks.dispatch.studies import Studies
 from tasks.driver import Driver
 from transfer.errors import (
@@ -96,6 +96,7 @@ class Flood(Delivery):
         Raises:
             DispatchError: the target failed as such, some studies are to be tried again, or some were given up and
                 the target has answered for no other one.
+            SentByAnother: another run sends the same there.
         """
         self.attempts += 1
         self.error = self._why = None
@@ -104,21 +105,25 @@ class Flood(Delivery):
         self._begun = self._begun or time.monotonic()
         self._in_row, self._most, done = 0, IN_ROW, self._done
         try:
-            waiting = [study for study in self.studies.all if study.name not in self._settled]
-            threads = max(1, min(self.target.concurrency, AT_ONCE, len(waiting)))
-            limit = self.target.bandwidth_limit
-            share = {
-                "concurrency": max(1, self.target.concurrency // threads),
-                "bandwidth_limit": limit and max(1024, limit // threads),
-            }
-            self._one = self.target.model_copy(update=share)
-            # Those that failed come last in the next attempt, so that they hold up no other.
-            waiting.sort(key=lambda study: self._tries[study.name])
-            each(waiting, self._deliver, threads, f"flood-{self.target.name}")
-            if self._why:
-                raise self._why
-            if self._given_up and not self.heard:
-                raise self._given_up
+            with self._alone("push", self.studies.check):
+                waiting = [study for study in self.studies.all if study.name not in self._settled]
+                threads = max(1, min(self.target.concurrency, AT_ONCE, len(waiting)))
+                limit = self.target.bandwidth_limit
+                share = {
+                    "concurrency": max(1, self.target.concurrency // threads),
+                    "bandwidth_limit": limit and max(1024, limit // threads),
+                }
+                self._one = self.target.model_copy(update=share)
+                # Those that failed come last in the next attempt, so that they hold up no other.
+                waiting.sort(key=lambda study: self._tries[study.name])
+                each(waiting, self._deliver, threads, f"flood-{self.target.name}")
+                if self._why:
+                    raise self._why
+                if self._given_up and not self.heard:
+                    raise self._given_up
+        except SentByAnother:
+            self.attempts -= 1
+            raise
         except DispatchError as exc:
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
@@ -361,11 +366,11 @@ def _severity(error: DispatchError) -> tuple[bool, bool]:
     return type(error) is DispatchError, not isinstance(error, Retryable)
 
 
-def rows(studies: Studies, deliveries: Sequence[Delivery], before: Sequence[dict[str, Any]]) -> Rows:
+def rows(studies: Studies, deliveries: Sequence[Delivery], before: Sequence[dict[str, Any]]) -> StudyRows:
     """Return a row for each study.
 
     Args:
         before: the rows of the run's last part.
     """
     receipts = {one.target.name: one.receipts() for one in deliveries if isinstance(one, Flood)}
-    return Rows(studies.all, studies.ids, receipts, before)
+    return StudyRows(studies.all, studies.ids, receipts, before)

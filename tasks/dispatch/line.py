@@ -44,6 +44,11 @@ def to_be_enabled(target: str) -> str:
     return f"{target}!"
 
 
+def of_the_same(lock: str) -> str:
+    """Return the name of the line in which runs wait for another one that does the same at a target."""
+    return f"{lock}="
+
+
 def disabled(lines: Iterable[str]) -> list[str]:
     """Return the targets for which somebody stands in such a line."""
     return sorted(one.removesuffix("!") for one in lines if one.endswith("!"))

@@ -10,12 +10,14 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 
 from prefect import get_client
 from prefect.logging import get_run_logger
 
 from blocks.base import Target
 from tasks.dispatch import breaker, line, rest, slots, tested, waiting
+from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.rest import Left, Rest, Wait
 from tasks.dispatch.slots import NoSlot
@@ -23,6 +25,7 @@ from transfer.errors import Busy, DiskFull, DispatchError, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin
+from transfer.receipt import State
 from transfer.waits import Breaker
 
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
@@ -85,6 +88,9 @@ class Looks:
             self.ledger.waits.leave(breaker.queue(node), self.in_line)
         if left.again > time.time():
             self.waits[name] = rest.next_attempt(name, left.again, left.hook_tries)
+            return
+        if left.beside and not await asyncio.to_thread(waiting.is_done, self.home, self.ledger, self.in_line, left):
+            self.waits[name] = waiting.for_the_same(self.ledger, target, self.in_line, left)
             return
         if await self._fails(node, one):
             return
@@ -177,6 +183,15 @@ class Looks:
         self.failed[target.name] = words, left.futile >= target.max_attempts
         if left.futile < target.max_attempts:
             self.waits[target.name] = rest.next_attempt(target.name, left.again)
+
+    def wait_for_the_same(self, delivery: Delivery) -> None:
+        """Let the run wait until another one that does the same at a target has done, which it may have just now."""
+        target = delivery.target
+        delivery.stopped, left = State.WAITING, self.left(target)
+        left.beside = delivery.beside
+        wait = self.waits[target.name] = waiting.for_the_same(self.ledger, target, self.in_line, left)
+        if waiting.is_done(self.home, self.ledger, self.in_line, left):
+            wait.until = datetime.now(UTC)
 
     def stand_in_line(self, target: Target) -> None:
         """Let the run wait for a slot of a target."""

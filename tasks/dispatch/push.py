@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ from prefect.logging import get_run_logger
 
 from blocks.base import Target
 from tasks.dispatch import breaker
-from tasks.dispatch.delivery import MAX_ATTEMPTS, Delivery
+from tasks.dispatch.delivery import MAX_ATTEMPTS, Delivery, SentByAnother
 from transfer.errors import Busy, DispatchError, Retryable
 
 NEAR_S = 1.0  # a run waits so long for its next attempt; for a later one it ends its part
@@ -89,6 +90,9 @@ async def push(delivery: Delivery) -> None:
     target, futile = delivery.target, delivery.futile
     try:
         receipt = await asyncio.to_thread(delivery.push)
+    except SentByAnother:
+        logger.info("%s: another run sends the same there", target.name)
+        return
     except DispatchError as exc:
         logger.warning("%s: %s", target.name, delivery.failures[-1])
         if delivery.futile > futile:
@@ -105,7 +109,8 @@ async def push(delivery: Delivery) -> None:
 async def run_hook(delivery: Delivery) -> None:
     """Run the target's own script on its server."""
     try:
-        await asyncio.to_thread(delivery.run_hook)
+        with suppress(SentByAnother):
+            await asyncio.to_thread(delivery.run_hook)
     finally:
         if delivery.hook_result:
             said = f"; it said: {delivery.hook_output}" if delivery.hook_output else ""

@@ -13,7 +13,7 @@ from transfer.receipt import Receipt, State, overall
 from transfer.studies import FloodStudy
 
 
-class Rows(Sequence[dict[str, Any]]):
+class StudyRows(Sequence[dict[str, Any]]):
     """The rows of a flood's studies, in JSON: its dispatch, its state, and its receipt at every target.
 
     Args:

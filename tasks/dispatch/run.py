@@ -224,8 +224,10 @@ class Dispatch:
                     # It waits for a slot of the target, or for its next attempt: no driver is at work.
                     idle=lambda: delivery.attempts == began or delivery.error is not None,
                 )
-            if delivery.wants_hook:
+            if delivery.wants_hook and not delivery.beside:
                 await self._stoppable(hook_task(delivery)(delivery))
+            if delivery.beside and not self.cancelled.is_set():
+                self.looks.wait_for_the_same(delivery)
         except NoSlot:
             delivery.stopped = State.WAITING
             self.looks.stand_in_line(target)

@@ -16,6 +16,7 @@ from prefect.states import AwaitingRetry
 
 from blocks.base import Target
 from tasks.dispatch import breaker, line, rest, slots
+from tasks.dispatch.delivery import SentByAnother
 from tasks.dispatch.hours import opens
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.rest import Left, Rest, Wait
@@ -36,6 +37,7 @@ DISABLED_S = 600.0  # after which a run looks again by itself whether a target i
 AFTER_S = 2.0  # and so much later for each that stands in line before it
 LONGEST_S = 3600.0  # and at most after this
 TEST_S = 60.0  # after which a run looks again whether a target passes a test, if nobody calls it
+SAME_S = 60.0  # after which a run looks again whether another one that sends the same has done, if nobody calls it
 LONG_S = 1.0  # for which all slots of a target have been held where more that comes rests at once
 APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 UNREAD = "its files have not been read yet"
@@ -145,6 +147,31 @@ def for_a_test(ledger: Ledger, target: Target, run_id: str, priority: str, left:
     if run_id:
         ledger.waits.join(queue, run_id, turn, until)
     return Wait(datetime.fromtimestamp(until, UTC), f"{breaker.known_as(target)} to answer a test")
+
+
+def for_the_same(ledger: Ledger, target: Target, run_id: str, left: Left) -> Wait:
+    """Let a run stand in line until another one that does the same at a target has done; return what it waits for."""
+    now = ledger.now()
+    ledger.waits.join(line.of_the_same(left.beside), run_id, now, now + SAME_S)
+    return Wait(
+        datetime.fromtimestamp(now + SAME_S, UTC), f"the same dispatch to {target.name}, which another run sends"
+    )
+
+
+def is_done(home: Home, ledger: Ledger, run_id: str, left: Left) -> bool:
+    """Return True if a run need not wait any more for another one that does the same; it leaves the line then."""
+
+    def give_up() -> None:
+        raise SentByAnother(left.beside)
+
+    try:
+        with home.exclusive(left.beside, give_up), ledger.exclusive(left.beside, give_up):
+            pass
+    except SentByAnother:
+        return False
+    ledger.waits.leave(line.of_the_same(left.beside), run_id)
+    left.beside = ""
+    return True
 
 
 def others_stand_in_line(ledger: Ledger, target: Target, run_id: str, priority: str, since: float = 0.0) -> bool:

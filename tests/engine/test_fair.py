@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from tests.engine.material import later
 from tests.servers.dcmtk import storescp
 from tests.servers.dicomweb import Reply, scripted
 from tests.servers.scp import scp
-from tests.servers.steps import Silence
+from tests.servers.steps import Silence, Store
 from tests.servers.up import Talaria
 from transfer.ledger import Ledger
 
@@ -429,3 +430,32 @@ def test_what_was_given_up_is_listed_retried_for_one_target_and_sent_elsewhere(u
     assert not (up.home / "failed" / run).exists()
     (path,) = up.run(waits)["parameters"]["paths"]  # what waits for the night has links of its own to the last copy
     assert len(files(Path(path))) == 2 and up.told("jobs", "cancel", waits)["action"] == "cancelled"
+
+
+@pytest.mark.parametrize("options", [(), ("--each", "folder")], ids=["study", "flood"])
+def test_who_sends_the_same_as_another_run_waits_without_a_place_and_finds_it_sent(
+    up: Talaria, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """It held a place of the worker, a slot of the target and staged files as long as the first one took."""
+    studies.ct(tmp_path / "many" / "study", 2)
+    got: list[str] = []
+    goes_on = threading.Event()
+
+    def keep(store: Store) -> int:
+        got.append(str(store.SOPInstanceUID))
+        goes_on.wait(60)
+        return 0
+
+    with scp(on_store=keep, keep_data=False) as pacs:
+        up.apply(twice={"type": "dicom", "host": "127.0.0.1", "port": pacs.port, "aet_target": pacs.aet})
+        first = send(up, tmp_path / "many", "twice", *options)
+        up.until(lambda: got)
+        second = send(up, tmp_path / "many", "twice", *options)
+        up.until(lambda: "the same dispatch to twice, which another run" in (up.run(second)["state"]["message"] or ""))
+        assert staged(up, first) and not staged(up, second)
+        waits = up.told("jobs", "show", second)["targets"]["twice"]
+        assert (waits["state"], waits["attempts"], waits["error"]) == ("waiting", 0, None)
+        goes_on.set()
+        up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in (first, second)))
+    found = up.told("jobs", "show", second)["targets"]["twice"]
+    assert (found["already"], found["delivered"]) == (2, 0) and len(got) == 2
