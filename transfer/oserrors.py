@@ -6,7 +6,17 @@ import errno
 import os
 import pwd
 
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Unreachable
+from transfer.errors import (
+    Busy,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    Permanent,
+    Retryable,
+    Unreachable,
+)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -77,6 +87,11 @@ _REMEDIES = {
 def kind_of(exc: OSError) -> type[DispatchError] | None:
     """Return what an error means for the whole target; None if it is a bug of ours."""
     return ERRORS.get(exc.errno or 0)
+
+
+def passes(exc: OSError) -> bool:
+    """Return True if what a file system says may pass by itself: a full disk, a share that is away, an input error."""
+    return issubclass(kind_of(exc) or Permanent, Retryable)
 
 
 def words_of(exc: OSError) -> str:

@@ -25,10 +25,9 @@ from tasks.sources.inbox import MARKER, TAKEN
 from transfer import roots
 from transfer.beneath import FOLDER, PATH_ONLY, above
 from transfer.content import copy_bytes, same_content
-from transfer.errors import Permanent, Retryable
 from transfer.fingerprint import Fingerprint
 from transfer.layout import names
-from transfer.oserrors import kind_of, words_of
+from transfer.oserrors import passes, words_of
 from transfer.plan import Item, scan
 from transfer.unitlist import FileFacts, ListedUnit
 
@@ -115,11 +114,6 @@ def finish(
                 _clear(fd, inside)
     done.fingerprint = str(mark)
     return done
-
-
-def passes(exc: OSError) -> bool:
-    """Return True if what a file system says may pass by itself: a full disk, a share that is away, an input error."""
-    return issubclass(kind_of(exc) or Permanent, Retryable)
 
 
 def restore(folder: str, unit: ListedUnit) -> None:

@@ -24,7 +24,7 @@ from transfer.errors import Denied, Misconfigured, NotFound
 from transfer.fingerprint import LAST_NS, Fingerprint
 from transfer.globs import is_excluded
 from transfer.ledger import Ledger
-from transfer.oserrors import words_of
+from transfer.oserrors import passes, words_of
 from transfer.plan import OWN_NAMES, Item
 from transfer.sourcebook import LooseFile, UnitState
 from transfer.unitlist import FileFacts
@@ -41,7 +41,7 @@ def units(source: InboxSource, ledger: Ledger, check: Callable[[], None]) -> Ite
     """Yield the units of an inbox; as `tasks.sources.units.units`."""
     folder = real_folder(source.folder)
     if source.unit is InboxUnit.FOLDER:
-        yield from of_folders(folder, source, check)
+        yield from _of_folders(folder, source, ledger, check)
     else:
         yield from _of_uids(folder, source, ledger, check)
 
@@ -71,28 +71,41 @@ def real_folder(path: str) -> str:
             os.close(fd)
 
 
-def of_folders(folder: str, source: Source, check: Callable[[], None]) -> Iterator[Unit]:
-    """Yield a unit for each folder directly below one."""
+def _of_folders(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
+    """Yield a unit for each folder directly below one, and one for what is to be told."""
     with os.scandir(folder) as listing:
         names = sorted(entry.name for entry in listing if entry.is_dir(follow_symlinks=False))
+    unread = _Unread()
     for name in names:
         check()
         if name == LOST_AND_FOUND or is_excluded(name, (*source.globs, *OWN_NAMES)):
             continue
         path = f"{folder}/{name}"
-        mark, complete = look(path, source.globs)
+        try:
+            mark, complete = look(path, source.globs, patient=True)
+        except OSError as exc:  # of a share, maybe: what is known of it stays, and it is looked at by the next sweep
+            unread.folders.add(f"{_remembered(name)}/")
+            unread.why = words_of(exc)
+            continue
         if mark.files:
             newest = mark.newest_ns / 1e9
             key = Item(name, 0, 0).shown
             unit = Unit(key, (path,), str(mark), newest, mark.files, source.origin, source.reaches, complete)
             yield in_time(unit, source)
+    yield from _told_of(unread, set(), source, ledger)
 
 
-def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = None) -> tuple[Fingerprint, bool]:
+def look(
+    path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = None, *, patient: bool = False
+) -> tuple[Fingerprint, bool]:
     """Return the fingerprint of the files below a folder, by their paths there, and whether its marker is the newest.
 
     Args:
         facts: gets those of each file.
+        patient: whether what may pass by itself is no part of the fingerprint.
+
+    Raises:
+        OSError: there is such, and somebody is patient.
     """
     mark, marked_ns = Fingerprint(), 0
     stack, names = [""], (*exclude, *OWN_NAMES)
@@ -103,7 +116,9 @@ def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = No
                 entries = list(listing)
         except FileNotFoundError:
             continue
-        except OSError:  # it may hold anything: the dispatch says what is wrong
+        except OSError as exc:  # it may hold anything: the dispatch says what is wrong
+            if patient and passes(exc):
+                raise
             mark.add(f"{below}/", 0, 0)
             continue
         for entry in entries:
@@ -112,7 +127,9 @@ def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = No
                 info = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            except OSError:  # a folder that lists its names only, a share: as above
+            except OSError as exc:  # a folder that lists its names only: as above
+                if patient and passes(exc):
+                    raise
                 if not is_excluded(entry.name, names):
                     mark.add(relative, 0, 0)
                 continue
@@ -148,10 +165,13 @@ def root(source: InboxSource) -> str:
 
 
 def facts_of(unit: Unit, source: Source) -> tuple[list[FileFacts], str]:
-    """Return what each file of a unit is now, and the fingerprint of all of them."""
+    """Return what each file of a unit is now, and the fingerprint of all of them; "" while it can't be looked at."""
     facts: list[FileFacts] = []
     if len(unit.paths) == 1 and Path(unit.paths[0]).is_dir():
-        mark, _ = look(unit.paths[0], source.globs, facts)
+        try:
+            mark, _ = look(unit.paths[0], source.globs, facts, patient=isinstance(source, InboxSource))
+        except OSError:
+            return [], ""
         return facts, str(mark)
     mark = Fingerprint()
     for path in unit.paths:
@@ -240,11 +260,24 @@ def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[
             whole, newest = _are_whole(within, marked, mark.newest_ns), mark.newest_ns / 1e9
             unit = Unit(uid, tuple(paths), str(mark), newest, mark.files, source.origin, source.reaches, whole)
             yield in_time(unit, source)
+    yield from _told_of(unread, told, source, ledger)
+
+
+def _told_of(unread: _Unread, told: set[str], source: InboxSource, ledger: Ledger) -> Iterator[Unit]:
+    """Yield a unit for what could not be read, and forget that something was to be told which is well by now.
+
+    Args:
+        told: the keys of other such units.
+
+    Raises:
+        NotFound, Denied, Misconfigured: all of the source is away.
+    """
     if unread.why:
+        real_folder(source.folder)
         told.add(UNREAD)
         yield unread.unit(source)
-    if well := {DAMAGED, UNREAD} & ledger.sources.units(name, UnitState.HELD).keys() - told:
-        ledger.sources.forget(name, well)
+    if well := {DAMAGED, UNREAD} & ledger.sources.units(source.name, UnitState.HELD).keys() - told:
+        ledger.sources.forget(source.name, well)
 
 
 def _are_whole(folders: Iterable[str], marked: Mapping[str, int], newest_ns: int) -> bool:

@@ -36,7 +36,7 @@ from transfer.content import sha256
 from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.oserrors import words_of
+from transfer.oserrors import passes, words_of
 from transfer.plan import Origin
 from transfer.receipt import Level, State
 from transfer.sourcebook import UnitRow, UnitState
@@ -238,10 +238,10 @@ class Sweep:
             with suppress(DispatchError, OSError):
                 after.restore(folder, unit)
             if isinstance(exc, OSError):
-                words, passes = words_of(exc), after.passes(exc)
+                words, later = words_of(exc), passes(exc)
             else:
-                words, passes = exc.message, not isinstance(exc, Permanent)
-            if passes:
+                words, later = exc.message, not isinstance(exc, Permanent)
+            if later:
                 return self._goes_later(row, words, words)
             self._stays(words)
             return row.now(done, f"its files stay: {words}", batch="")
@@ -464,7 +464,7 @@ class Sweep:
             for row in known.values()
             if row.state in ENDED and row.unit not in seen and row.time < now - KEPT_S
         ]
-        if old:
+        if old and inbox.UNREAD not in seen:  # else nobody knows now what is there
             self.book.forget(name, old)
         unitlist.tidy(self.home, name)
         there = unitlist.batches(self.home, name)

@@ -17,6 +17,7 @@ from talaria.service import sources
 from talaria.testing import studies as material
 from tasks.sources import inbox
 from tests.sources.bench import Bench
+from transfer.errors import NotFound
 from transfer.ledger import Ledger
 
 STRANGE = ("Muster\u3000Taro/a.dcm", "M\udcfcller/b.dcm", "no\u00a0break.dcm", "no\udca0break.dcm", "a\\x20b/c\nd.dcm")
@@ -198,3 +199,46 @@ def test_what_was_changed_in_the_future_is_told(bench: Bench, monkeypatch: pytes
     path.write_bytes(whole)
     bench.all()
     assert set(bench.states().values()) == {"done"} and delivered(bench) == 1, "when its time has come"
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+@pytest.mark.parametrize("late", ["append", "resend", "hold"])
+def test_what_a_share_keeps_back_for_a_moment_is_not_taken_for_a_change(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str, late: str
+) -> None:
+    """Nothing of it is dispatched, sent again by force or held, nor forgotten, however long ago it was delivered."""
+    bench.source = bench.named(unit=unit, late=late)
+    for number in range(3):
+        material.dicom(bench.inbox / f"s{number}" / "a.dcm", study=f"1.2.{number}")
+    bench.all()
+    before = bench.rows()
+    assert set(bench.states().values()) == {"done"}
+    monkeypatch.setattr("tasks.sources.sweep.KEPT_S", -60.0)
+    with monkeypatch.context() as patch:
+        unreadable(patch, bench.inbox / "s1")
+        for _ in range(2):
+            assert not bench.sweep().runs and not bench.asked
+        assert {key: row for key, row in bench.rows().items() if key in before} == before and told(bench) == 1
+        assert "can't be read: Input/output error" in bench.rows()[inbox.UNREAD].detail
+    assert not bench.sweep().runs and bench.rows() == before
+    material.dicom(bench.inbox / "s1" / "b.dcm", study="1.2.1")
+    bench.sweep()
+    assert [asked["force"] for asked in bench.asked.values()] == ([] if late == "hold" else [late == "resend"])
+
+
+def test_a_share_that_goes_in_the_midst_of_a_sweep_ends_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.source = bench.named(unit="folder")
+    for number in range(3):
+        material.dicom(bench.inbox / f"s{number}" / "a.dcm", study=f"1.2.{number}")
+    look = inbox.look
+
+    def goes(path: str, *args: Any, **more: Any) -> Any:
+        if path.endswith("s1"):
+            bench.inbox.rename(bench.folder / "gone")
+            raise OSError(errno.EHOSTDOWN, os.strerror(errno.EHOSTDOWN))
+        return look(path, *args, **more)
+
+    monkeypatch.setattr(inbox, "look", goes)
+    with pytest.raises(NotFound, match="no such file or folder"):
+        bench.sweep()
+    assert not bench.asked and not bench.rows()
