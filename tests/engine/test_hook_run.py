@@ -12,25 +12,18 @@ import pytest
 
 from talaria.testing import studies
 from talaria.testing.relay import relay
-from tests.servers.openssh import shared
+from tests.servers.openssh import install, shared
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(300)
 DELAY_S = 1.5  # of the script's own policy
 TARGETS = ("by-rsync", "by-sftp")
-SCRIPT = """#!/bin/sh
+SCRIPT = """\
 date +%s.%N >> "$0.times"
 printf '%s\\0' "$@" >> "$0.arguments"
 test -e "$1/.complete" || exit 9
 echo "a word of the script"
-{end}
 """
-
-
-def install(folder: Path, end: str) -> None:
-    script = folder / "mercure_complete.sh"
-    script.write_text(SCRIPT.replace("{end}", end))
-    script.chmod(0o755)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -65,8 +58,8 @@ def folders(up: Talaria, tmp_path: Path) -> dict[str, Path]:
 
 def test_a_retry_runs_only_the_script_that_failed(up: Talaria, folders: dict[str, Path], tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 3)
-    install(folders["by-rsync"], "exit 5")
-    install(folders["by-sftp"], "exit 0")
+    install(folders["by-rsync"], SCRIPT + "exit 5")
+    install(folders["by-sftp"], SCRIPT + "exit 0")
     result = up.told("send", str(tmp_path / "study"), "--to", ",".join(TARGETS), code=1)
     assert result["state"] == "partial"
     failed, good = (result["targets"][name] for name in TARGETS)
@@ -85,7 +78,7 @@ def test_a_retry_runs_only_the_script_that_failed(up: Talaria, folders: dict[str
 
     before = {name: snapshot(folder) for name, folder in folders.items()}
     assert all(len(one) == 4 for one in before.values())
-    install(folders["by-rsync"], "exit 0")
+    install(folders["by-rsync"], SCRIPT + "exit 0")
     again = up.told("jobs", "retry", result["flow_run_id"])
     assert again["state"] == "delivered"
     assert {name: one["hook"] for name, one in again["targets"].items()} == dict.fromkeys(TARGETS, "done")
@@ -104,7 +97,7 @@ def test_a_retry_runs_only_the_script_that_failed(up: Talaria, folders: dict[str
 
 def test_a_script_that_is_not_there(up: Talaria, folders: dict[str, Path], tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 1)
-    install(folders["by-sftp"], "exit 0")
+    install(folders["by-sftp"], SCRIPT + "exit 0")
     (folders["by-sftp"] / "mercure_complete.sh").chmod(0o644)
     for name in TARGETS:
         health = up.told("target", "test", name, code=1)
@@ -120,7 +113,7 @@ def test_a_script_that_is_not_there(up: Talaria, folders: dict[str, Path], tmp_p
 @pytest.mark.slow
 def test_a_script_that_is_cancelled(up: Talaria, folders: dict[str, Path], tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 2)
-    install(folders["by-sftp"], 'echo $$ > "$0.pid"; exec sleep 200')
+    install(folders["by-sftp"], SCRIPT + 'echo $$ > "$0.pid"; exec sleep 200')
     run = up.told("send", str(tmp_path / "study"), "--to", "by-sftp", "--no-wait")["flow_run_id"]
     pid = folders["by-sftp"] / "mercure_complete.sh.pid"
     up.until(lambda: pid.exists() and pid.read_text().strip())
@@ -129,7 +122,7 @@ def test_a_script_that_is_cancelled(up: Talaria, folders: dict[str, Path], tmp_p
     one = up.told("jobs", "show", run)["targets"]["by-sftp"]
     assert (one["state"], one["hook"], one["delivered"]) == ("cancelled", "failed", 2)
     up.until(lambda: not psutil.pid_exists(int(pid.read_text())), 15)
-    install(folders["by-sftp"], "exit 0")
+    install(folders["by-sftp"], SCRIPT + "exit 0")
     one = up.told("jobs", "retry", run)["targets"]["by-sftp"]
     assert (one["state"], one["hook"], one["already"]) == ("delivered", "done", 2)
 

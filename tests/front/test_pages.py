@@ -16,7 +16,7 @@ from talaria.front.pages.site import size
 from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import dicom, study
 from tests.front.people import Person, fields, person, words
-from tests.servers.openssh import shared
+from tests.servers.openssh import install, shared
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -270,9 +270,7 @@ def test_what_happened_to_a_dispatch_and_to_each_item(
 def test_what_the_script_at_the_end_said_is_in_the_time_line(up: Talaria, operator: Person, tmp_path: Path) -> None:
     server, folder = shared(), tmp_path / "in"
     folder.mkdir()
-    script = folder / "mercure_complete.sh"
-    script.write_text(f"#!/bin/sh\necho 'imported as no. 7 {XSS}'\n")
-    script.chmod(0o755)
+    install(folder, f"echo 'imported as no. 7 {XSS}'")
     at = {"host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder)}
     keys = {"host_key": server.host_keys[0], "private_key": str(server.key)}
     up.apply(scripted={"type": "sftp", "on_complete": True, **at, **keys})

@@ -179,6 +179,13 @@ def shared() -> Server:
     return stack.enter_context(openssh(folder))
 
 
+def install(folder: Path, lines: str) -> None:
+    """Put the script there that a target with `on_complete` runs."""
+    script = folder / "mercure_complete.sh"
+    script.write_text(f"#!/bin/sh\n{lines}\n")
+    script.chmod(0o755)
+
+
 @contextmanager
 def temporary_user(home: Path, password: str = PASSWORD) -> Iterator[str]:
     """Make a user with a password (root only), who owns the folder `home`; removed afterwards."""
