@@ -267,17 +267,6 @@ def test_killed_in_the_middle_it_is_taken_up_by_itself(victim: str, tmp_path: Pa
             one.stop()
 
 
-def test_send_without_a_server_starts_one_for_its_own_duration(tmp_path: Path) -> None:
-    studies.ct(tmp_path / "study", 2)
-    one = Talaria(tmp_path)
-    one.begin_with_a_database()
-    one.apply(archive=folder(tmp_path / "archive"))
-    result = one.json("send", str(tmp_path / "study"), "--to", "archive")
-    assert result["state"] == "delivered" and len(files(tmp_path / "archive")) == 3
-    assert one("status").returncode == 3
-    assert not (one.home / "server.json").exists()
-
-
 def test_a_dry_run_sends_nothing(up: Talaria, tmp_path: Path) -> None:
     studies.sample(tmp_path / "study")
     up.apply(archive=folder(tmp_path / "archive", exclude="*.json"))

@@ -13,6 +13,7 @@ import pytest
 
 from talaria.settings import client_environment
 from talaria.testing import studies
+from tests.engine.material import files, folder
 from tests.servers.up import Talaria
 from transfer.home import Home
 
@@ -41,22 +42,20 @@ def eavesdropper() -> Iterator[tuple[int, list[bytes]]]:
         thread.join()
 
 
-def test_a_proxy_of_the_environment_sees_nothing(tmp_path: Path) -> None:
+def test_send_without_a_server_starts_one_for_its_own_duration_and_a_proxy_sees_nothing(tmp_path: Path) -> None:
     with eavesdropper() as (port, heard):
         up = Talaria(tmp_path)
+        up.begin_with_a_database()
         # In what is started alone: here, other tests' clients may still look for their servers.
         for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
             up.more[name] = f"http://127.0.0.1:{port}"
-        studies.sample(tmp_path / "study")
-        (tmp_path / "archive").mkdir()
-        try:
-            up.start()
-            up.apply(archive={"type": "folder", "folder": str(tmp_path / "archive")})
-            sent = up("send", str(tmp_path / "study"), "--to", "archive")
-        finally:
-            up.stop()
-        assert sent.returncode == 0, sent.stderr
+        studies.ct(tmp_path / "study", 2)
+        up.apply(archive=folder(tmp_path / "archive"))
+        sent = up.json("send", str(tmp_path / "study"), "--to", "archive")
+        assert sent["state"] == "delivered" and len(files(tmp_path / "archive")) == 3
         assert heard == []
+    assert up("status").returncode == 3
+    assert not (up.home / "server.json").exists()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
