@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,14 +72,15 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
-def test_searches_of_dcmqrscp(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("queries", [searching.some, pytest.param(searching.queries, marks=pytest.mark.slow)])
+def test_searches_of_dcmqrscp(queries: Callable[[], list[Query]], folder: Path, tmp_path: Path) -> None:
     with dcmqrscp(tmp_path / "qr", studies=600) as server:
         target = dicom_target(server.port, aet_target=server.aet, direction="both", idle_timeout_s=60, concurrency=1)
         assert attempt(target, folder).require().state is State.DELIVERED
-        queries = searching.queries()
+        asked = queries()
         # It looks at no ModalitiesInStudy: each study is asked for its series, which is the same for all of these.
-        alike = [query for query in queries if vars(query) == vars(Query(Modality=query.Modality)) and query.Modality]
-        assert wrong(target, [query for query in queries if query not in alike[2:]]) == {}
+        alike = [query for query in asked if vars(query) == vars(Query(Modality=query.Modality)) and query.Modality]
+        assert wrong(target, [query for query in asked if query not in alike[2:]]) == {}
         # It has no Series Description: what is fetched is chosen by what its instances say.
         one = next(one for one in searching.archive() if len({series.description for series in one.series}) > 1)
         wanted = next(series for series in one.series if series.description)
@@ -205,7 +206,7 @@ def test_names_that_orthanc_shows_without_some_letters_are_found(tmp_path: Path)
 
 
 def test_the_query_scp_of_pynetdicom(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = study(6, 2)
+    files = study(4, 2)
     with qrscp(tmp_path / "qr", peers={AET: port}) as server:
         store(tmp_path, files, server.port, server.aet)
         target = dicom_target(server.port, aet_target=server.aet, direction="query")
