@@ -207,7 +207,7 @@ def _items(line: str, others: Iterator[str], ends: list[str]) -> Iterator[ItemRe
         if line[end:].strip() != ",":
             ends.append(line[end:])
             return
-        line = next(others)
+        line = next(others, "")
 
 
 def _packed(found: dict[str, Any]) -> dict[str, Any]:
