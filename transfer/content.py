@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from transfer.errors import Rejected
+
 COPY_BYTES = 1 << 24  # one call of copy_file_range(2)
 READ_BYTES = 1 << 20  # one read, where the bytes go through our hands
 BLOCK_BYTES = 512  # of what stat(2) counts
@@ -105,6 +107,21 @@ def _copy_all(
         total += count
         moved(count)
     return total
+
+
+def read_here(fd: int, count: int, at: int) -> bytes:
+    """Read a piece of a file of ours; less of it where the file ends.
+
+    Raises:
+        Rejected: it can't be read: a broken disk, a share that is gone.
+    """
+    try:
+        data = os.pread(fd, count, at)
+        while len(data) < count and (more := os.pread(fd, count - len(data), at + len(data))):
+            data += more
+    except OSError as exc:
+        raise Rejected(f"can't be read: {exc.strerror}") from exc
+    return data
 
 
 def same_content(one: int, other: int | Path, check: Callable[[], None] = lambda: None) -> bool:

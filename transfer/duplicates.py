@@ -14,9 +14,9 @@ The first file of a UID is sent; the others get their outcome from its own, once
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
+from transfer.content import read_here
 from transfer.errors import Rejected
 from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan
@@ -113,8 +113,8 @@ def same_instance(plan: Plan, one: Item, other: Item) -> bool:
     with plan.open(one) as first, plan.open(other) as second:
         left, at, beside = one.size - a.dataset_offset, a.dataset_offset, b.dataset_offset
         while left > 0:
-            piece = os.pread(first, min(left, PIECE_BYTES), at)
-            if not piece or piece != os.pread(second, len(piece), beside):
+            piece = read_here(first, min(left, PIECE_BYTES), at)
+            if not piece or piece != read_here(second, len(piece), beside):
                 return False
             at, beside, left = at + len(piece), beside + len(piece), left - len(piece)
     return True

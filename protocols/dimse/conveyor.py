@@ -207,6 +207,8 @@ class Conveyor:
             return stack.enter_context(copy)
         except (Unfit, Damaged) as exc:
             raise Rejected(str(exc)) from exc
+        except OSError as exc:  # a broken disk, a share that is gone
+            raise Rejected(f"can't be read: {exc.strerror}") from exc
         except NoRoom as exc:
             raise Busy(str(exc)) from exc
 

@@ -205,7 +205,7 @@ class Sender:
         """Read the beginning of an instance, or all of a small one, perhaps while the peer is busy.
 
         Raises:
-            Changed: the file ends early. Other errors: what `verify` raised. Nothing has been sent.
+            Changed: the file ends early, or can't be read. Other errors: what `verify` raised. Nothing has been sent.
         """
         self._message_id = self._message_id % 0xFFFF + 1
         instance.message_id = self._message_id
@@ -216,7 +216,11 @@ class Sender:
         self._fill(instance)
 
     def _fill(self, instance: OutgoingInstance) -> None:
-        if not self._buffer.fill(instance):
+        try:
+            whole = self._buffer.fill(instance)
+        except OSError as exc:  # a broken disk, a share that is gone
+            raise Changed(f"can't be read: {exc.strerror}") from exc
+        if not whole:
             instance.verify()  # knows better why
             raise Changed("the file ends early")
         if instance.offset >= instance.size:
@@ -227,7 +231,7 @@ class Sender:
 
         Raises:
             TimedOut: the peer accepts no more bytes. Interrupted: the connection ended.
-            Changed: the file has changed, and part of it has been sent: end the association.
+            Changed: the file has changed or can't be read, and part of it has been sent: end the association.
         """
         buffer = self._buffer
         self._send(buffer)

@@ -25,8 +25,8 @@ from protocols.ssh import packets as wire
 from protocols.ssh.client import SshClient, Started
 from protocols.ssh.packets import Answered, Attributes, Code, FileWrites, SendWindow, Space, Status, string, take
 from protocols.ssh.words import short
-from transfer.content import data_parts
-from transfer.errors import DispatchError, Misconfigured, TimedOut
+from transfer.content import data_parts, read_here
+from transfer.errors import DispatchError, Misconfigured, Rejected, TimedOut
 
 VERSION = 3
 PIPE_BYTES = 1 << 20  # Linux lets any user make a pipe this large; fewer switches between us and ssh
@@ -176,7 +176,7 @@ class Sftp:
 
         Raises:
             Status: a write failed; the first failure.
-            EOFError: the local file has become shorter.
+            EOFError: the local file has become shorter. Rejected: it can't be read.
         """
         file = FileWrites(self._loop, self._window, moved)
         piece = min(piece, self.write_bytes)
@@ -192,7 +192,11 @@ class Sftp:
                 await self._window.take(count)
                 if self._failed:
                     raise self._failed
-                data = os.pread(fd, count, begin)
+                try:
+                    data = read_here(fd, count, begin)
+                except Rejected:
+                    self._window.give(count)
+                    raise
                 if len(data) < count:
                     self._window.give(count)
                     raise EOFError

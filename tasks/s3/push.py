@@ -33,6 +33,7 @@ from tasks.s3.large import Large
 from tasks.s3.pace import useful
 from tasks.s3.support import Supports
 from tasks.s3.verify import Sums, Verifier
+from transfer.content import read_here
 from transfer.errors import (
     Busy,
     DispatchError,
@@ -281,7 +282,7 @@ class S3Push:
             self.sums[item.path] = file.hash()
             if self._is_there(item, file.sha256):
                 return
-            self._spare(item, os.pread(fd, BEGINNING_BYTES, 0))
+            self._spare(item, read_here(fd, BEGINNING_BYTES, 0))
             self._unmark(item)
             self.sums[item.path] = file.send()
         self._report_arrival(item)

@@ -21,7 +21,7 @@ from protocols.ssh.sftp import WINDOW_BYTES, Sftp
 from tasks import ssh
 from tasks.sftp.remote import NoRename, Remote, Unexplained, each, encoded, first
 from tasks.sftp.suspects import RESUMED_BYTES, Suspects
-from transfer.content import data_before, is_sparse
+from transfer.content import data_before, is_sparse, read_here
 from transfer.errors import Busy, DispatchError, Interrupted, Permanent, Rejected, Retryable
 from transfer.layout import OTHER_INSTANCE
 from transfer.outcome import DELIVERED, Kind, Outcome
@@ -306,7 +306,7 @@ class Sending(Remote):
                 return False
             with suppress(Status):
                 theirs = await session.read(handle, 0, BEGINNING_BYTES)
-                if other_instance(os.pread(fd, BEGINNING_BYTES, 0), theirs):
+                if other_instance(read_here(fd, BEGINNING_BYTES, 0), theirs):
                     raise Rejected(OTHER_INSTANCE, item=item.shown)
             return True
         finally:
@@ -415,7 +415,7 @@ class Sending(Remote):
         """Return True if the first bytes of both files, and their last ones before `size`, are the same."""
         for at in (0, max(0, size - SAMPLE_BYTES)):
             try:
-                if await session.read(handle, at, SAMPLE_BYTES) != os.pread(fd, SAMPLE_BYTES, at):
+                if await session.read(handle, at, SAMPLE_BYTES) != read_here(fd, SAMPLE_BYTES, at):
                     return False
             except Status:
                 return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from contextlib import suppress
 from shlex import quote
 
@@ -14,6 +13,7 @@ from protocols.ssh.shell import Shell
 from tasks import ssh
 from tasks.sftp.files import FILES_AT_ONCE, Sending
 from tasks.sftp.remote import Folder, each, encoded
+from transfer.content import read_here
 from transfer.errors import Cancelled, DispatchError, Rejected
 from transfer.plan import Item
 from transfer.receipt import Level
@@ -145,7 +145,7 @@ def _local_sum(sending: Sending, item: Item) -> str:
     """Compute the SHA-256 of what was planned; raises Rejected if the file has changed since."""
     digest, at = hashlib.sha256(), 0
     with sending.plan.open(item) as fd:
-        while piece := os.pread(fd, 1 << 20, at):
+        while piece := read_here(fd, 1 << 20, at):
             sending.report.check()
             digest.update(piece)
             at += len(piece)

@@ -17,8 +17,11 @@ from pathlib import Path
 import pydicom
 import pytest
 
+from imaging.header import EXPLICIT_LITTLE
 from talaria.testing import process, studies
 from talaria.testing.harness import Sent, attempt
+from tests.bad_sector import bad_from
+from tests.imaging.encoded import element, part10
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.scp import scp
@@ -27,6 +30,7 @@ from transfer.outcome import Kind
 from transfer.plan import Item, Plan, scan
 from transfer.receipt import State
 
+CT = b"1.2.840.10008.5.1.4.1.1.2\0"
 UNCOMPRESSED = ("LittleEndianExplicit", "LittleEndianImplicit")
 # Of the files that dcmsend gets in: those whose UID another file has had before, which a receiver keeps one of.
 STORED = re.compile(r"with status (?:SUCCESS|WARNING) *: ([1-9])")
@@ -114,6 +118,28 @@ def assert_whole(sent: Sent, held: dict[str, bytes]) -> None:
         if item.header and sent.outcomes[item.path].kind in (Kind.DELIVERED, Kind.WARNING)
     )
     assert max(by_uid.values()) == 1, "two files of one UID are reported as delivered"
+
+
+@pytest.mark.parametrize(("odd", "offset"), [(False, 0), (False, 5_000_000), (True, 0)])
+def test_a_file_that_can_not_be_read_to_its_end_is_rejected_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: bool, offset: int
+) -> None:
+    studies.ct(tmp_path, 4)
+    bad = tmp_path / "CT0001.bad.dcm"
+    if odd:  # it is not sent as it is
+        uids = ((0x08, 0x16, CT), (0x08, 0x18, b"1.2.3.4\0"), (0x20, 0x0D, b"1.2.3\0"), (0x20, 0x0E, b"1.2.4\0"))
+        data = b"".join(element(group, number, b"UI", uid) for group, number, uid in sorted(uids))
+        bad.write_bytes(part10(EXPLICIT_LITTLE, data + element(0x20, 0x10, b"SH", b"odd")))
+    else:
+        studies.multiframe(bad, 20)  # 10 MB
+    plan = scan([tmp_path])
+    assert any(item.header and item.header.odd for item in plan.items) is odd
+    bad_from(monkeypatch, bad, offset)
+    with scp() as peer:
+        sent = attempt(dicom_target(peer.port, aet_target=peer.aet), plan)
+        assert sent.require().state is State.PARTIAL
+        assert sent.rejected == {bad.name: "can't be read: Input/output error"}
+        assert len(sent.arrived) == len(peer.kept) == 4
 
 
 def test_two_files_of_one_uid(tmp_path: Path) -> None:

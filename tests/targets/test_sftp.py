@@ -28,6 +28,7 @@ from talaria.testing.harness import attempt
 from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
 from tasks import DRIVERS
+from tests.bad_sector import bad_from
 from tests.servers.openssh import IS_ROOT, PASSWORD, Server, inside, openssh, shared, small_disk, temporary_user
 from tests.servers.sftp_odd import Odd, odd
 from tests.targets.remote_folder import RemoteFolder, content, ssh_target
@@ -547,6 +548,22 @@ def test_a_push_that_is_cancelled_while_it_logs_in(tmp_path: Path, study: Path) 
         assert isinstance(sent.error, Cancelled)
         assert sent.seconds < as_loaded(5)
         assert isinstance(sent.error, DispatchError)
+
+
+@pytest.mark.parametrize("offset", [0, 5_000_000])
+def test_a_file_that_can_not_be_read_to_its_end_is_rejected_alone(
+    tmp_path: Path, study: Path, monkeypatch: pytest.MonkeyPatch, offset: int
+) -> None:
+    studies.ct(study, 4)
+    bad = studies.multiframe(study / "CT0001.bad.dcm", 20)  # 10 MB
+    plan, one = scan([study]), target(tmp_path / "in")
+    with monkeypatch.context() as broken:
+        bad_from(broken, bad, offset)
+        sent = attempt(one, plan)
+        assert sent.require().state is State.PARTIAL
+        assert list(sent.rejected) == [bad.name] and "can't be read: Input/output error" in sent.rejected[bad.name]
+        assert len(sent.arrived) == 4
+    assert attempt(one, plan, done=sent.arrived).require().state is State.DELIVERED  # and goes on with what is there
 
 
 def test_an_error_of_who_counts_the_bytes_ends_the_push(tmp_path: Path, study: Path) -> None:
