@@ -69,15 +69,16 @@ class Live:
         self._run_id, self._path = flow_run_id, _path(home, flow_run_id)
         self._moved: dict[str, deque[tuple[float, int]]] = {}
         self._shown: dict[str, Any] = {}
+        self._written = 0.0
 
     def write(self) -> None:
-        """Write the progress, if it has changed."""
+        """Write the progress, if it has changed, or not for so long that it would be cleared as that of a dead run."""
         now = time.monotonic()
         parts = {name: asdict(part) | self._speed(name, part, now) for name, part in self.parts().items()}
         look = {"flow_run_id": self._run_id, "phase": self.phase, "parts": parts}
-        if look == self._shown:
+        if look == self._shown and now - self._written < KEPT_S / 2:
             return
-        self._shown = look
+        self._shown, self._written = look, now
         replace(self._path, look | {"time": time.time()})
 
     def _speed(self, name: str, part: Part, now: float) -> dict[str, float | None]:
