@@ -32,6 +32,7 @@ MOVED = "type it again: the connection leads elsewhere now, and a stored secret 
 OCTAL = re.compile(r"(?=.*\b0+[1-9]\d)(\d+\.){3}\d+")
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
 NUMBERS = re.compile(r"[0-9.-]+")
+PORT_BEHIND = re.compile(r"[A-Za-z0-9\]]:\d+$")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_ORIGIN = Origin()
 MASK = "********"  # what the server answers in the place of a secret
@@ -314,7 +315,8 @@ def check_host(value: str) -> str:
     """Return a host name, IPv4 or IPv6 address (without brackets), or raise ValueError."""
     value = value.strip()
     if not HOST.fullmatch(value) or not _may_be_host(value.strip("[]")):
-        raise ValueError(f"{value!r} is not a host name or an IP address")
+        port = ": a port is given in a field of its own" if PORT_BEHIND.search(value) else ""
+        raise ValueError(f"{value!r} is not a host name or an IP address{port}")
     if OCTAL.fullmatch(value):
         raise ValueError(
             f"{value!r} is another address than it looks like: write its numbers without zeros before them"

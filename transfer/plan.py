@@ -368,7 +368,9 @@ def look(paths: Iterable[Path | str], exclude: tuple[str, ...] = ()) -> None:
     """
     asked = _sources(paths)
     if not any(has_files(source, asked, exclude) for source in asked):
-        raise Misconfigured(f"nothing to send in {', '.join(map(str, asked))}")
+        left_out = bool(exclude) and any(has_files(source, asked) for source in asked)
+        why = f": {','.join(exclude)} leaves out all that is there" if left_out else ""
+        raise Misconfigured(f"nothing to send in {', '.join(map(str, asked))}{why}")
 
 
 def has_files(source: Path, asked: Sequence[Path], exclude: tuple[str, ...] = ()) -> bool:

@@ -32,7 +32,7 @@ _SAID = {
     "enum": "must be {expected}",
     "literal_error": "must be {expected}",
     "too_short": "must not be empty",
-    "list_type": "must be a list",
+    "list_type": "must be a list, as in [one, two]",
     "dict_type": "must be a mapping",
 }
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ TOUCHED = "something has happened to it since it was dispatched"
 WRITTEN = "it is still open for writing"
 OUTSIDE = "it lies outside the source's folder"
 MOST_NAMES = 1000  # tried for a file whose name is taken where it is moved to
+NAMED = 3  # files that a sentence names
 _NAME_BYTES = 255
 
 
@@ -45,7 +45,7 @@ class Finished:
 
     Attributes:
         fingerprint: of those that are left, of the ones that were dispatched.
-        kept: how many were left, by the reason.
+        kept: the names of those that were left, by the reason.
         passing: how many of them for a reason that passes by itself, as a full disk does.
         failed: what the file system said, of whichever file.
         put_back: the facts of files that had our name for a moment, which changed their ctime, by path.
@@ -53,7 +53,7 @@ class Finished:
 
     fingerprint: str
     gone: int = 0
-    kept: Counter[str] = field(default_factory=Counter)
+    kept: dict[str, list[str]] = field(default_factory=dict)
     passing: int = 0
     failed: str = ""
     put_back: dict[str, FileFacts] = field(default_factory=dict)
@@ -61,7 +61,13 @@ class Finished:
     @property
     def words(self) -> str:
         """Why files were left, in a sentence; "" if none was."""
-        return "; ".join(f"{count} files stay: {why}" for why, count in self.kept.items())
+        return "; ".join(f"{_some(names)}: {why}" for why, names in self.kept.items())
+
+
+def _some(names: list[str]) -> str:
+    """Return how many files stay, and the names of the first."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} file{'s stay' if len(names) > 1 else ' stays'} ({', '.join(names[:NAMED])}{more})"
 
 
 class _Stays(Exception):
@@ -100,11 +106,11 @@ def finish(
             try:
                 _let_go(fd, inside, one, confirmed, tree, finals.get(one.path, inside), done.put_back)
             except _Stays as exc:
-                done.kept[str(exc)] += 1
+                done.kept.setdefault(str(exc), []).append(_name(unit, one.path))
                 done.passing += str(exc) == WRITTEN
             except OSError as exc:
                 done.failed = words_of(exc)
-                done.kept[done.failed] += 1
+                done.kept.setdefault(done.failed, []).append(_name(unit, one.path))
                 done.passing += passes(exc)
             else:
                 done.gone += 1

@@ -279,7 +279,7 @@ def test_what_was_edited_after_it_was_sent_stays(bench: Bench, edit: str) -> Non
             bench.source = bench.named(after="delete")
     bench.sweep()
     assert path.exists()
-    assert "files stay" in bench.rows()["s"].detail
+    assert f"1 file stays ({path.name}): " in bench.rows()["s"].detail
 
 
 @pytest.mark.parametrize("unit", ["folder", "study"])
@@ -305,7 +305,7 @@ def test_a_file_that_is_written_to_again_is_not_deleted(bench: Bench, after: str
             path.rename(path.with_name(f"{TAKEN}{path.name}"))
         bench.sweep()
         writer.write(b"\0" * 8)
-    assert bench.rows()["s"].detail == f"{LATER}1 files stay: it is still open for writing"
+    assert bench.rows()["s"].detail == f"{LATER}1 file stays ({path.name}): it is still open for writing"
     assert names(bench.inbox) == {f"s/{path.name}"} and path.read_bytes().endswith(b"\0" * 8)
     bench.all()
     assert not names(bench.inbox), "when it is whole, it is sent again, and goes"
@@ -525,7 +525,15 @@ def test_what_a_kill_left_under_our_name_gets_its_own_again(
             bench.source = bench.named()
     bench.sweep()
     assert names(bench.inbox) == {f"s/{path.name}"} and bench.states() == {"s": "done"}
-    assert bench.rows()["s"].detail == ("" if change == "leave" else "1 files stay: not confirmed by every target")
+    assert bench.rows()["s"].detail == (
+        "" if change == "leave" else f"1 file stays ({path.name}): not confirmed by every target"
+    )
+
+
+def test_what_stays_is_named_as_far_as_people_read() -> None:
+    kept = {"it is open": ["a"], "not confirmed": ["s/1", "s/2", "s/3", "s/4", "s/5"], "full": ["b", "c"]}
+    said = "1 file stays (a): it is open; 5 files stay (s/1, s/2, s/3 and 2 more): not confirmed; 2 files stay (b, c): full"
+    assert after.Finished("0:0", kept=kept).words == said
 
 
 @pytest.mark.parametrize("after", ["delete", "move"])
@@ -538,7 +546,8 @@ def test_files_of_another_folder_stay_with_words(bench: Bench, after: str) -> No
     (bench.folder / "elsewhere").mkdir()
     bench.source = bench.named(**more, folder=str(bench.folder / "elsewhere"))
     bench.sweep()
-    assert path.exists() and bench.rows()["s"].detail == "1 files stay: it lies outside the source's folder"
+    assert path.exists()
+    assert bench.rows()["s"].detail.endswith(f"{path.name}): it lies outside the source's folder")
 
 
 @pytest.mark.parametrize("layout", ["", "{StudyInstanceUID}"])

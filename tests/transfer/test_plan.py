@@ -19,7 +19,7 @@ from talaria.testing import process, studies
 from talaria.testing.process import as_loaded
 from tests.clock import tick
 from transfer.errors import Cancelled, Misconfigured, NotFound, Rejected
-from transfer.plan import Item, Plan, scan
+from transfer.plan import Item, Plan, look, scan
 
 
 def paths(plan: Plan) -> set[str]:
@@ -176,6 +176,10 @@ def test_nothing_to_send(tmp_path: Path) -> None:
     studies.png(tmp_path / "a.png")
     with pytest.raises(Misconfigured, match="nothing to send"):
         scan([tmp_path], ("*.png",))
+    with pytest.raises(Misconfigured, match=r"\*\.png,\*\.json leaves out all that is there"):
+        look([tmp_path], ("*.png", "*.json"))
+    with pytest.raises(Misconfigured, match=r"nothing to send in [^:]*$"):
+        look([tmp_path / "empty"], ("*.png",))
 
 
 def test_links_out_of_the_source(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.targets.fields import NEEDED
 from transfer import uploads
 from transfer.errors import Misconfigured
 
+NO_HOST = "is not a host name or an IP address"
 SETTING = re.compile(r"`TALARIA_(\w+)`")
 
 
@@ -25,6 +26,14 @@ SETTING = re.compile(r"`TALARIA_(\w+)`")
     ("field", "value", "words"),
     [
         ("port", 99999, "port: must be a number, at least 1 and at most 65535"),
+        ("host", "127.0.0.1:104", f"host: '127.0.0.1:104' {NO_HOST}: a port is given in a field of its own"),
+        (
+            "host",
+            "pacs.example.org:104",
+            f"host: 'pacs.example.org:104' {NO_HOST}: a port is given in a field of its own",
+        ),
+        ("host", "[::1]:104", f"host: '[::1]:104' {NO_HOST}: a port is given in a field of its own"),
+        ("host", "dead:beef", f"host: 'dead:beef' {NO_HOST}"),
         ("port", "x", "port: must be a whole number, at least 1 and at most 65535"),
         ("port", None, "port: must be a whole number, at least 1 and at most 65535"),
         ("bandwidth_limit", 1, "bandwidth_limit: must be a number, at least 1024"),
