@@ -106,6 +106,7 @@ class _Crew:
         self.env = {
             "TALARIA_LIMIT": str(limit),
             "PREFECT_LOGGING_LEVEL": "INFO",
+            "PREFECT_UI_URL": server.address.ui,  # where the log says that a run can be seen
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
             # A run whose server is away for a moment must not end for that.
             "PREFECT_CLIENT_MAX_RETRIES": "8",

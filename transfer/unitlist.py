@@ -17,6 +17,7 @@ from transfer.home import Home, private
 from transfer.ledger import noted, write_json
 
 PART = ".part"  # of a list that is being written
+SOURCES = "sources"  # of the state directory: a folder for each
 BATCHES = "batches"  # the folder of a source's lists
 
 
@@ -65,12 +66,18 @@ class ListedUnit:
 
 def place(home: Home, source: str, batch: str) -> Path:
     """Return the path of a list."""
-    return home.root / "sources" / source / BATCHES / f"{batch}.jsonl"
+    return home.root / SOURCES / source / BATCHES / f"{batch}.jsonl"
 
 
 def source_of(path: Path) -> str:
     """Return the name of the source whose list this is."""
     return path.parent.parent.name
+
+
+def source_named(path: Path) -> str:
+    """Return the name of the source whose list this is, whatever it may be; "" if it is none."""
+    *_, sources, name, batches, _ = ("", "", "", *path.parts)
+    return name if (sources, batches, path.suffix) == (SOURCES, BATCHES, ".jsonl") else ""
 
 
 def check_there(path: Path) -> None:
@@ -92,7 +99,7 @@ def check_there(path: Path) -> None:
 
 def changed(home: Home) -> Path:
     """Return the file that is touched when a source is changed on this machine, so that nobody need ask often."""
-    return home.root / "sources" / ".changed"  # no source has such a name
+    return home.root / SOURCES / ".changed"  # no source has such a name
 
 
 def batches(home: Home, source: str) -> dict[str, Path]:

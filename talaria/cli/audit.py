@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli.output import DONE, NOT_ALL, Json, print_json
+from talaria.cli.output import DONE, NOT_ALL, Json, print_json, say_whose
 from talaria.console import say
 from transfer.audit import Trail, entries, verify
 from transfer.home import Home
@@ -62,4 +62,5 @@ def _trail() -> Trail:
     from talaria.settings import load_settings
 
     load_settings()
+    say_whose("audit trails")
     return Trail(Home.current())

@@ -92,7 +92,8 @@ def run() -> bool:
     from blocks.dicomweb import DicomWebTarget
     from blocks.folder import FolderTarget
 
-    demo = load_settings().home.expanduser().absolute() / "demo"
+    settings = load_settings()
+    demo = settings.home.expanduser().absolute() / "demo"
     os.environ["TALARIA_HOME"] = str(demo / "state")
     load_settings()
     home = Home.current()
@@ -115,7 +116,7 @@ def run() -> bool:
     show_receipt(document)
     print(f"\nWhat arrived: {place / 'pacs'}, {place / 'archive'} and {place / 'dicomweb'}")
     print(f"The run in the Prefect UI: TALARIA_HOME={home.root} talaria up")
-    print(f"then open http://127.0.0.1:4200/v2/runs/flow-run/{queued['flow_run_id']}")
+    print(f"then open http://127.0.0.1:{settings.port}/v2/runs/flow-run/{queued['flow_run_id']}")
     print(f"and give it the line in {home.root / 'api.auth'} as the password; no user is needed.")
     return bool(document["state"] == "delivered")
 

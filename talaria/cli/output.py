@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from talaria.console import say
 from talaria.errors import Refused, ServerError, one_line
+from talaria.home import home_of_settings
 from transfer.errors import Denied, DispatchError, LedgerAway, Misconfigured, NotFound
 from transfer.validation import plain
 
@@ -58,6 +61,12 @@ def _fail(message: str, code: int) -> int:
 def print_json(document: dict[str, Any]) -> None:
     """Print the one JSON document of a command."""
     print(json.dumps(document, indent=2))
+
+
+def say_whose(what: str) -> None:
+    """Say of what is kept on this machine alone that it is not the server's which TALARIA_URL names."""
+    if os.environ.get("TALARIA_URL"):
+        say(f"{what} are those of this machine, in {home_of_settings()}: TALARIA_URL is not used for them")
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:

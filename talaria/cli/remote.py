@@ -232,8 +232,8 @@ class ApiClient:
             if answer.status in (404, 405):
                 return NoApi(self.url)
             words = ""
-        if answer.status == 401:
-            words = "the server wants a token: set TALARIA_TOKEN" if not self.local else words or "the token is refused"
+        if answer.status == 401 and not self.local:
+            words = f"TALARIA_TOKEN: {words}" if self.authorization else "the server wants a token: set TALARIA_TOKEN"
         return _refusal(answer.status, words or f"the server at {self.url} answers {answer.status} {answer.reason}")
 
     def _compare(self, answer: http.client.HTTPResponse) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talaria.cli.output import Json, print_json, table
+from talaria.cli.output import Json, print_json, say_whose, table
 from talaria.console import say
 from transfer.home import Home
 
 if TYPE_CHECKING:
+    from talaria.front.tokens import Tokens
     from talaria.front.users import Users
 
 user = typer.Typer(
@@ -100,12 +101,10 @@ def create(
 ) -> None:
     """Make a token, and print it: it can't be shown again."""
     from talaria.front.access import Role
-    from talaria.front.tokens import Tokens, seconds_of
-    from talaria.settings import load_settings
+    from talaria.front.tokens import seconds_of
 
     given, seconds = Role.of(role), seconds_of(expires)
-    load_settings()
-    one, text = Tokens(Home.current()).create(given, seconds, name)
+    one, text = _tokens().create(given, seconds, name)
     _record("token created", one.name, role=given.label, token=one.id)
     if as_json:
         print_json({"id": one.id, "name": one.name, "role": role, "expires": _time(one.expires), "token": text})
@@ -117,10 +116,6 @@ def create(
 @token.command("list", epilog="Example: talaria token list")
 def list_tokens(as_json: Json = False) -> None:
     """List tokens, without their secrets."""
-    from talaria.front.tokens import Tokens
-    from talaria.settings import load_settings
-
-    load_settings()
     found: list[dict[str, Any]] = [
         {
             "id": one.id,
@@ -130,7 +125,7 @@ def list_tokens(as_json: Json = False) -> None:
             "expires": _time(one.expires),
             "expired": one.expires is not None and one.expires <= datetime.now(UTC).timestamp(),
         }
-        for one in Tokens(Home.current()).all()
+        for one in _tokens().all()
     ]
     if as_json:
         print_json({"tokens": found})
@@ -142,11 +137,7 @@ def list_tokens(as_json: Json = False) -> None:
 @token.command(epilog="Example: talaria token revoke 3f9a1c20")
 def revoke(which: Annotated[str, typer.Argument(help="Its id, or its name.")], as_json: Json = False) -> None:
     """Revoke a token, which is not valid from then on."""
-    from talaria.front.tokens import Tokens
-    from talaria.settings import load_settings
-
-    load_settings()
-    one = Tokens(Home.current()).revoke(which)
+    one = _tokens().revoke(which)
     _record("token revoked", one.name, token=one.id)
     _done({"id": one.id, "name": one.name, "action": "revoked"}, f"{one.id} ({one.name}): revoked", as_json)
 
@@ -156,7 +147,17 @@ def _users() -> Users:
     from talaria.settings import load_settings
 
     load_settings()
+    say_whose("users")
     return Users(Home.current())
+
+
+def _tokens() -> Tokens:
+    from talaria.front.tokens import Tokens
+    from talaria.settings import load_settings
+
+    load_settings()
+    say_whose("tokens")
+    return Tokens(Home.current())
 
 
 def _password() -> str:

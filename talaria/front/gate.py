@@ -39,6 +39,7 @@ OWN = "/talaria"
 METRICS = "/metrics"  # where scrapers look for it
 MOST_BYTES = 16 << 20  # of a person's or script's request; a list of 100,000 paths takes half of it
 FIRST_WORD_S = 20  # of a websocket, which says who opens it
+_NOT_VALID = "the token is not valid here: it is misspelt, has expired or was revoked"
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _AUTOMATION = {b"prefect-automation-id", b"prefect-automation-name"}  # would stand in `created_by` as who made a run
 _logger = logging.getLogger("talaria.front")
@@ -209,7 +210,8 @@ class Gate:
         method = scope["method"]
         if asker.who.role < need:
             if asker.who is NOBODY:
-                raise _Refused(401, "log in, or send a token")
+                sent = header_of(scope["headers"], b"authorization") is not None
+                raise _Refused(401, _NOT_VALID if sent else "log in, or send a token")
             raise _Refused(403, f"needs the role {need.label}: {asker.who.name} has {asker.who.role.label}")
         if asker.ambient and method not in _SAFE and not proves_same_origin(scope["headers"]):
             raise _Refused(403, "a change with a session must come from one of our pages (no Origin)")

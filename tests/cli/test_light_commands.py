@@ -267,6 +267,11 @@ def test_a_token_goes_to_the_server_that_is_named_and_only_over_https(tmp_path: 
         assert ran.returncode == 2 and "https" in words(ran)[0] and "abc" not in ran.stderr
         ran = run(one, "target", "list", **here | {"TALARIA_URL": "ftp://x"})
         assert ran.returncode == 2 and "TALARIA_URL" in words(ran)[0]
+        one.answers["GET", "/health"] = [(401, {"error": "the token is not valid here"})]
+        ran = run(one, "target", "list", **here)
+        assert ran.returncode == 2 and words(ran) == ["talaria: TALARIA_TOKEN: the token is not valid here"]
+        ran = run(one, "target", "list", **here | {"TALARIA_TOKEN": ""})
+        assert ran.returncode == 2 and words(ran) == ["talaria: the server wants a token: set TALARIA_TOKEN"]
         one.answers["GET", "/health"] = [(404, "<html>")]
         ran = run(one, "target", "list", **here)
         assert ran.returncode == 3 and "no Talaria server" in words(ran)[0]

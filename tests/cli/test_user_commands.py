@@ -29,6 +29,17 @@ def typed(one: Talaria, monkeypatch: pytest.MonkeyPatch, text: str, *args: str, 
     return json.loads(ran.stdout)
 
 
+@pytest.mark.parametrize("args", [("user", "list"), ("token", "list"), ("token", "create"), ("audit", "show")])
+def test_what_is_of_this_machine_alone_says_so_where_another_s_server_is_named(
+    one: Talaria, args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"are those of this machine, in {one.home}: TALARIA_URL is not used for them"
+    assert said not in one.here(*args).stderr
+    monkeypatch.setenv("TALARIA_URL", "https://talaria.example")
+    ran = one.here(*args)
+    assert ran.returncode == 0 and said in ran.stderr.splitlines()[0]
+
+
 def test_users_are_added_changed_and_removed(one: Talaria, monkeypatch: pytest.MonkeyPatch) -> None:
     added = typed(one, monkeypatch, f"{PASSWORD}\n", "user", "add", "anna", "--role", "operator")
     assert added == {"name": "anna", "role": "operator", "action": "added"}

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.changes import ChangeCount, WatchedUpstream
 from talaria.front.pages import rows
 from talaria.front.pages.plot import HEIGHT, plotted
 from talaria.front.pages.rows import Kept
+from talaria.front.pages.site import what
 from talaria.service.overview import Day
 from tests.front.door import Echo
+from transfer import unitlist
+from transfer.home import Home
 from transfer.live import SAVED
 
 OFFICE: Any = None
@@ -189,3 +194,10 @@ def test_a_bar_is_seen_however_small_its_part_is() -> None:
     assert full.good_y == full.bad_y + full.bad_height and full.x == plot.width // 2
     assert (empty.sent_height, full.sent_height, full.sent_y, plot.most_bytes) == (0, HEIGHT, 0, 5.0)
     assert plotted([]).most == 0
+
+
+def test_what_a_source_dispatched_is_named_by_the_source_not_by_a_list_of_ours(tmp_path: Path) -> None:
+    ours = str(unitlist.place(Home(tmp_path), "ward-7", "a7ad"))
+    assert what([ours], ", ") == 'Source <a href="/talaria/sources/ward-7">ward-7</a>'
+    for paths in (["/data/<b>"], ["/data/a", ours], ["/batches/x.jsonl"], ["/data/sources/x/batches/x.txt"], []):
+        assert what(paths, ", ") == ", ".join(paths) and not isinstance(what(paths, ", "), Markup)

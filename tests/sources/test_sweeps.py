@@ -531,9 +531,10 @@ def test_what_a_kill_left_under_our_name_gets_its_own_again(
 
 
 def test_what_stays_is_named_as_far_as_people_read() -> None:
-    kept = {"it is open": ["a"], "not confirmed": ["s/1", "s/2", "s/3", "s/4", "s/5"], "full": ["b", "c"]}
-    said = "1 file stays (a): it is open; 5 files stay (s/1, s/2, s/3 and 2 more): not confirmed; 2 files stay (b, c): full"
-    assert after.Finished("0:0", kept=kept).words == said
+    kept = {"open": ["a"], "not confirmed": ["s/1", "s/2", "s/3", "s/4", "s/5"], "full": ["b", "c"]}
+    assert after.Finished("0:0", kept=kept).words == (
+        "1 file stays (a): open; 5 files stay (s/1, s/2, s/3 and 2 more): not confirmed; 2 files stay (b, c): full"
+    )
 
 
 @pytest.mark.parametrize("after", ["delete", "move"])

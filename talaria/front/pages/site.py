@@ -22,6 +22,7 @@ from talaria.front.pages.rows import FRESH_S, SAVED_S, Kept, read_fetched, read_
 from talaria.front.pages.texts import job_kind, option_label, text
 from talaria.front.static import asset, type_icon
 from talaria.service import Office
+from transfer import unitlist
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -61,6 +62,7 @@ def templates() -> Environment:
         "job_kind": job_kind,
         "option_label": option_label,
         "off_peak_hours": off_peak_hours,
+        "what": what,
     }
     found.filters |= {"moment": moment, "size": size, "path": functools.partial(quote, safe=""), "options": options}
     return found
@@ -72,6 +74,18 @@ def options(names: Iterable[str], chosen: str = "") -> Markup:
 
     words = ((escape(name), " selected" if name == chosen else "") for name in names)
     return Markup("".join(f"<option{mark}>{name}</option>" for name, mark in words))  # noqa: S704 - each is escaped
+
+
+def what(paths: list[str], between: str) -> str | Markup:
+    """Return what a dispatch sends: its paths; of what a source dispatched, which a list of ours names, the source."""
+    from markupsafe import Markup
+
+    name = unitlist.source_named(Path(paths[0])) if len(paths) == 1 else ""
+    if not name:
+        return between.join(paths)
+    return Markup('{} <a href="/talaria/sources/{}">{}</a>').format(
+        text("target.used_source"), quote(name, safe=""), name
+    )
 
 
 def off_peak_hours() -> str:
