@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+import warnings
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ class _HomeFirst(MetaPathFinder):
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "prefect":
             sys.meta_path.remove(self)
-            with suppress(OSError):  # said by whoever needs it
+            try:
                 self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError:  # said by whoever needs it, in a line
+                warnings.filterwarnings("ignore", "Failed to create the Prefect home", UserWarning)
 
 
 def main() -> None:

@@ -342,7 +342,11 @@ def found() -> ApiClient | None:
 
 def _named(url: str) -> ApiClient:
     place = urlsplit(url)
-    if place.scheme not in ("http", "https") or not place.hostname:
+    try:
+        named = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+    except ValueError:  # of a port that is none
+        named = False
+    if not named:
         raise ValueError(f"TALARIA_URL={url}: expected http(s)://host:port")
     token = os.environ.get("TALARIA_TOKEN", "").strip()
     if token and place.scheme == "http" and place.hostname not in ("127.0.0.1", "::1", "localhost"):

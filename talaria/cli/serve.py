@@ -67,7 +67,13 @@ def status(as_json: Json = False) -> None:
     """Show what runs, what waits, and how the targets were when they were last checked."""
     document = _status()
     if not document["server"]["ok"]:
-        document.setdefault("error", "no server runs: `talaria up` starts it")
+        named = os.environ.get("PREFECT_API_URL")
+        none = (
+            f"no Prefect server answers at PREFECT_API_URL={named}"
+            if named
+            else "no server runs: `talaria up` starts it"
+        )
+        document.setdefault("error", none)
         say(f"talaria: {document['error']}")
     if as_json:
         print_json(document)

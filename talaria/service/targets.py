@@ -263,9 +263,7 @@ async def test_targets(office: Office, name: str | None = None, move: bool = Fal
 def _check_moves(found: Iterable[Target]) -> None:
     for one in found:
         if not one.moves:
-            raise Misconfigured(
-                f"{one.name}: no move can be tested: it is no DICOM node of direction query or both", one.name
-            )
+            raise Misconfigured("no move can be tested: it is no DICOM node of direction query or both", one.name)
 
 
 async def test_values(office: Office, targets: dict[str, Any], move: bool = False) -> AsyncIterator[Event]:

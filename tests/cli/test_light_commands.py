@@ -265,8 +265,9 @@ def test_a_token_goes_to_the_server_that_is_named_and_only_over_https(tmp_path: 
         assert {asked.headers["Authorization"] for asked in one.asked} == {"Bearer abc"}
         ran = run(one, "target", "list", **here | {"TALARIA_URL": "http://talaria.example:4200"})
         assert ran.returncode == 2 and "https" in words(ran)[0] and "abc" not in ran.stderr
-        ran = run(one, "target", "list", **here | {"TALARIA_URL": "ftp://x"})
-        assert ran.returncode == 2 and "TALARIA_URL" in words(ran)[0]
+        for wrong in ("ftp://x", "http://x:99999", "talaria.example:4200"):
+            ran = run(one, "target", "list", **here | {"TALARIA_URL": wrong})
+            assert ran.returncode == 2 and f"TALARIA_URL={wrong}: expected http(s)://host:port" in words(ran)[0]
         one.answers["GET", "/health"] = [(401, {"error": "the token is not valid here"})]
         ran = run(one, "target", "list", **here)
         assert ran.returncode == 2 and words(ran) == ["talaria: TALARIA_TOKEN: the token is not valid here"]

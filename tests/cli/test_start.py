@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from talaria.cli import serve
 
 HEAVY = ("prefect", "httpx", "pydantic_settings", "pydicom", "yaml")
 SCRIPT = f"""
@@ -84,3 +87,33 @@ for wrong in (False, True):
 def test_no_garbage_is_looked_for_in_what_is_imported_to_stay() -> None:
     ran = subprocess.run([sys.executable, "-P", "-c", STAYING], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_state_directory_that_can_t_be_made_is_said_in_one_line(tmp_path: Path) -> None:
+    """Prefect warned, with a line of its own code, before we said it."""
+    (tmp_path / "file").touch()
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "talaria", "jobs", "list"],
+        env={k: v for k, v in os.environ.items() if k != "PREFECT_HOME"} | {"TALARIA_HOME": str(tmp_path / "file")},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    (line,) = ran.stderr.splitlines()
+    assert ran.returncode == 2 and line.endswith("file/talaria.toml can't be read: Not a directory")
+
+
+@pytest.mark.parametrize("named", ["", "http://127.0.0.1:9/api"])
+def test_status_names_the_prefect_server_that_does_not_answer(
+    named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = {"server": {"ok": False, "url": named or None}, "workers": [], "queues": {}, "targets": []}
+    monkeypatch.setattr(serve, "_status", lambda: away)
+    monkeypatch.setenv("PREFECT_API_URL", named)
+    with pytest.raises(typer.Exit):
+        serve.status()
+    said = (
+        f"no Prefect server answers at PREFECT_API_URL={named}" if named else "no server runs: `talaria up` starts it"
+    )
+    assert capsys.readouterr().err == f"talaria: {said}\n"

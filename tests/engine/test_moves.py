@@ -43,5 +43,5 @@ def test_a_worker_has_one_instance_moved_to_it_and_keeps_nothing(up: Talaria, tm
         assert ran.returncode == 0 and "new: move: ok" in ran.stdout and "other: move" not in ran.stdout
         assert len(peer.asked(MOVE)) == 2 and instances(up) <= before
         refused = up.here("target", "test", "moves-not", "--move")
-        assert refused.returncode == 2 and "moves-not: no move can be tested: it is no DICOM node" in refused.stderr
+        assert refused.returncode == 2 and "talaria: moves-not: no move can be tested: " in refused.stderr
         assert len(peer.asked(MOVE)) == 2
