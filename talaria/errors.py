@@ -16,3 +16,8 @@ class Refused(Exception):
 def one_line(message: str) -> str:
     """Return a message of several lines, each of which says what is wrong, as one."""
     return "; ".join(" ".join(one.split()) for one in message.splitlines() if one.strip())
+
+
+def prefect_away(url: str) -> str:
+    """Return the words for a Prefect server that the environment names, as a shell may long after it was of use."""
+    return f"no Prefect server answers at PREFECT_API_URL={url}: start it, or unset that variable to use Talaria's own"

@@ -27,7 +27,7 @@ import httpx
 
 from talaria import listener
 from talaria.entrance import Entrance
-from talaria.errors import ServerError
+from talaria.errors import ServerError, prefect_away
 from talaria.settings import client_environment, server_environment
 from transfer.home import Home, locked
 
@@ -280,7 +280,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
     url = os.environ.get("PREFECT_API_URL")
     if url:
         if not healthy(url.rstrip("/")):
-            raise ServerError(f"no Prefect server answers at PREFECT_API_URL={url}")
+            raise ServerError(prefect_away(url))
         yield None, False
         return
     with locked(home.root / "users.lock", fcntl.LOCK_SH) as users:

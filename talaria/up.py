@@ -18,7 +18,7 @@ import httpx
 from talaria import __version__, console, listener
 from talaria.console import say
 from talaria.entrance import entrance
-from talaria.errors import ServerError
+from talaria.errors import ServerError, prefect_away
 from talaria.imports import staying
 from talaria.server import FrontServer, child, healthy, serving, stop_child, use
 from talaria.settings import POOL, Settings, client_environment
@@ -51,7 +51,7 @@ def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, au
     way = entrance(settings, home, host, port, auth=auth, upstream=url)
     asked = _Asked()
     if url and not healthy(url):
-        raise ServerError(f"no Prefect server answers at PREFECT_API_URL={url}")
+        raise ServerError(prefect_away(url))
     with serving(home, way, outer=given) as server:
         server.wait(asked.check)
         if not url:

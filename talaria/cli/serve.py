@@ -14,7 +14,7 @@ from talaria.cli import remote
 from talaria.cli.access import api
 from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, Json, checked, enabled, print_json, table
 from talaria.console import say
-from talaria.errors import Refused, ServerError
+from talaria.errors import Refused, ServerError, prefect_away
 from transfer.home import Home
 
 _AGE = re.compile(r"(\d+)([dhm])")
@@ -68,12 +68,7 @@ def status(as_json: Json = False) -> None:
     document = _status()
     if not document["server"]["ok"]:
         named = os.environ.get("PREFECT_API_URL")
-        none = (
-            f"no Prefect server answers at PREFECT_API_URL={named}"
-            if named
-            else "no server runs: `talaria up` starts it"
-        )
-        document.setdefault("error", none)
+        document.setdefault("error", prefect_away(named) if named else "no server runs: `talaria up` starts it")
         say(f"talaria: {document['error']}")
     if as_json:
         print_json(document)

@@ -113,7 +113,7 @@ def test_status_names_the_prefect_server_that_does_not_answer(
     monkeypatch.setenv("PREFECT_API_URL", named)
     with pytest.raises(typer.Exit):
         serve.status()
-    said = (
-        f"no Prefect server answers at PREFECT_API_URL={named}" if named else "no server runs: `talaria up` starts it"
-    )
+    away = "start it, or unset that variable to use Talaria's own"
+    away = f"no Prefect server answers at PREFECT_API_URL={named}: {away}"
+    said = away if named else "no server runs: `talaria up` starts it"
     assert capsys.readouterr().err == f"talaria: {said}\n"

@@ -260,7 +260,7 @@ def test_nothing_waits_of_a_dispatch_that_was_given_up() -> None:
     ("message", "error"),
     [
         ("/in/study: no such file or folder", "/in/study: no such file or folder"),
-        ("pacs partial: 1 delivered, 1 rejected; archive failed: nothing, refused", None),
+        ("pacs partial: 1 delivered, 1 rejected; archive failed: refused", None),
     ],
 )
 def test_a_retry_that_did_not_come_to_its_targets_says_why(message: str, error: str | None) -> None:
