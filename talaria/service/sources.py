@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 from blocks import SOURCES, Source, Target
 from blocks.dicom_source import DicomSource
@@ -28,6 +30,7 @@ from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
 from transfer import listening, unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.sourcebook import Sourcebook, UnitState
 
@@ -163,7 +166,18 @@ def _wrong_with(
 ) -> list[str]:
     found = checks.problems(source, everyone, targets, elsewhere=elsewhere)
     found += checks.of_listener(source, everyone, elsewhere=elsewhere)
+    if isinstance(source, DicomSource) and source.port in _of_the_front_door():
+        found.append(f"port {source.port}: Talaria's own pages and API are served on it: give it another one")
     return [*found, *filter(None, [batches.never_comes(source)])]
+
+
+def _of_the_front_door() -> set[int]:
+    """Return the ports of this machine's front door, as far as they are known."""
+    try:
+        record = json.loads((Home.current().root / "server.json").read_text(encoding="utf-8"))
+        return {int(record["port"]), urlsplit(str(record["front"])).port or 0}
+    except (OSError, ValueError, KeyError, TypeError):  # nobody serves here
+        return set()
 
 
 async def problems_of(office: Office, source: Source) -> list[str]:

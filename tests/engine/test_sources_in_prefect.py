@@ -74,6 +74,8 @@ def test_a_source_that_can_not_be_used_is_not_saved(up: Talaria, tmp_path: Path,
         answer = create(up, "inbox-source", "kept-wrong", data | wrong)
         assert answer.status_code == 422 and why in answer.json()["detail"], answer.text
         assert there(up, "kept-wrong") == [] and deployment(up, "kept-wrong").status_code == 404
+    answer = create(up, "dicom-source", "kept-wrong", {"port": up.port, "aet": "A", "targets": [shelf]})
+    assert answer.status_code == 422 and "own pages and API are served on it" in answer.json()["detail"], answer.text
     create(up, "inbox-source", "kept-right", data).raise_for_status()
     path = f"/block_documents/{there(up, 'kept-right')[0]['id']}"
     answer = ask(up, "PATCH", path, {"data": {"targets": ["nobody-at-all"]}, "merge_existing_data": True})
