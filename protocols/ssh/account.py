@@ -17,8 +17,8 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -260,15 +260,27 @@ class Command:
         return self._errors.decode("utf-8", "replace").replace("\r", "")
 
     def _hear(self) -> None:
-        while self._channel.recv_stderr_ready():
-            self._errors += self._channel.recv_stderr(PIECE)
-            del self._errors[:-ERRORS_BYTES]
+        with self._noticing():
+            while self._channel.recv_stderr_ready():
+                self._errors += self._channel.recv_stderr(PIECE)
+                del self._errors[:-ERRORS_BYTES]
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Close a connection that nothing can be written to any more: paramiko raises, and would go on reading.
+
+        It writes while it reads, too, namely that there is room for more.
+        """
+        try:
+            yield
+        except EOFError:
+            self.stop()
 
     def send(self, data: bytes, check: Callable[[], None] = lambda: None) -> None:
         """Write bytes to its standard input; if it has ended, reading its output shows that, and why."""
         self._channel.settimeout(LOOK_S)
         end = time.monotonic() + self.client.login.idle_timeout_s
-        with suppress(OSError):
+        with suppress(OSError), self._noticing():
             while data:
                 check()
                 try:
@@ -287,9 +299,11 @@ class Command:
         self.account.look()
         self._channel.settimeout(wait_s)
         try:
-            return self._channel.recv(PIECE)
+            with self._noticing():
+                return self._channel.recv(PIECE)
         except TimeoutError:
             return None
+        return b""
 
     def end_input(self) -> None:
         """Close its standard input."""

@@ -451,6 +451,24 @@ def test_a_question_that_can_not_be_sent_is_not_denied() -> None:
         begin(shared().port)
 
 
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [("cat", b"x"), ("head -c 400000 /dev/zero; cat", b""), ("head -c 400000 /dev/zero >&2; cat", b"")],
+)
+def test_a_link_that_breaks_while_something_is_written_is_interrupted(command: str, typed: bytes) -> None:
+    """Input, or the word that there is room for more output: paramiko raises EOFError, and goes on reading."""
+    server = shared()
+    fields = {"host": "127.0.0.1", "port": server.port, "user": server.user, "key": server.key.read_bytes()}
+    with SshClient(Login(**fields, pins=server.host_keys[:1])) as client:  # type: ignore[arg-type]
+        one = Account(client)
+        one.begin()
+        started = one.start(command)
+        one._transport.packetizer.write_all = mock.Mock(side_effect=EOFError)  # type: ignore[method-assign]
+        started.send(typed)
+        process.until(lambda: started.receive(0.1) == b"")
+        assert isinstance(started.failure(), Interrupted)
+
+
 def test_a_host_that_hangs_up_after_its_refusal_is_denied(tmp_path: Path) -> None:
     """Whether paramiko sees the end of the connection before it looks at the answer, or after it."""
     refuse = paramiko.auth_handler.AuthHandler._parse_userauth_failure
