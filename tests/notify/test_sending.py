@@ -164,12 +164,17 @@ def odd_server(*answers: bytes, endless: bool = False) -> Iterator[tuple[int, th
         sock.setblocking(False)
         while not over.is_set():
             readable, writable, _ = select.select([sock], [sock], [], 0.1)
-            with suppress(BlockingIOError):
+            try:
                 if readable and not sock.recv(65_536):
                     broken.set()
                     return
                 if writable:
                     sock.send(answer)
+            except BlockingIOError:
+                continue
+            except ConnectionError:  # a reset, where the other side has left something unread
+                broken.set()
+                return
 
     def serve(sock: socket.socket) -> None:
         with sock, sock.makefile("rb") as lines, suppress(OSError):
