@@ -60,7 +60,7 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
     assert "[pacs](/talaria/targets/pacs)" in words["receipt-details"]
     assert shown["progress"] == {"pacs": 100.0, "archive": 100.0}
     assert studies.PATIENT_NAME not in json.dumps(artifacts) and studies.PATIENT_ID not in json.dumps(artifacts)
-    trail = up.json("audit", "show", "--last", "1000")["entries"]
+    trail = up.told("audit", "show", "--last", "1000")["entries"]
     of_run = [one for one in trail if one["details"].get("run") == result["flow_run_id"]]
     ended = {one["details"]["target"]: one["result"] for one in of_run if one["event"] == "delivery"}
     assert ended == {"pacs": "success", "archive": "success"}
@@ -69,7 +69,7 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
     assert asked["details"]["action"] == "asked"
     assert {one["details"]["dispatch"] for one in of_run if one != asked} == {result["dispatch_id"]}
     assert not any(private in json.dumps(of_run) for private in studies.PHI)
-    assert up.json("audit", "verify")["ok"]
+    assert up.told("audit", "verify")["ok"]
 
 
 def test_a_source_on_another_file_system_is_read_in_its_place(up: Talaria, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_source_on_another_file_system_is_read_in_its_place(up: Talaria, tmp_p
     with TemporaryDirectory(dir="/dev/shm") as source:
         studies.ct(Path(source), 3)
         for options, in_place in (((), True), (("--copy-first", "--force"), False)):
-            run = up.json("send", source, "--to", "apart", *options)
+            run = up.told("send", source, "--to", "apart", *options)
             assert run["state"] == "delivered"
             of_run = {"flow_run_id": {"any_": [run["flow_run_id"]]}}
 
@@ -109,7 +109,7 @@ def test_the_state_directory_is_not_sent(up: Talaria, tmp_path: Path) -> None:
     assert state["type"] == "FAILED"
     assert "state directory, which holds secrets" in state["message"]
     assert not list((tmp_path / "archive").rglob("api.auth"))
-    trail = up.json("audit", "show", "--event", "refused", "--last", "1000")["entries"]
+    trail = up.told("audit", "show", "--event", "refused", "--last", "1000")["entries"]
     assert any(one["details"].get("run") == run["id"] for one in trail)
 
 

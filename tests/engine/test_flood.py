@@ -663,7 +663,7 @@ def test_a_folder_of_studies_goes_as_one_run(up: Talaria, tmp_path: Path) -> Non
     with storescp(tmp_path / "pacs") as pacs:
         up.apply(pacs=dicom(pacs.port), archive=folder(tmp_path / "archive"))
         what = str(many), "--each", "folder", "--to", "pacs,archive"
-        plan = up.json("send", *what, "--dry-run")
+        plan = up.told("send", *what, "--dry-run")
         assert len(plan["studies"]) == 13 and plan["targets"]["pacs"]["files"] == 36
         result = up.json("send", *what, code=1)
         rows = {row["study"]: row for row in result["studies"]}
@@ -683,7 +683,7 @@ def test_a_folder_of_studies_goes_as_one_run(up: Talaria, tmp_path: Path) -> Non
         shown = up.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [result["flow_run_id"]]}})
         (table,) = [one for one in shown if one["key"] == "receipt-studies"]
         assert len(json.loads(table["data"])) == 26 and "12 of 13 studies delivered" in table["description"]
-        trail = up.json("audit", "show", "--last", "1000")["entries"]
+        trail = up.told("audit", "show", "--last", "1000")["entries"]
         ended = [one["details"] for one in trail if one["event"] == "delivery" and one["result"] == "success"]
         assert {row["dispatch_id"] for row in rows.values()} - {""} <= {one["dispatch"] for one in ended}
         each = [str(many / name) for name in ("none", "s0", "empty")]
@@ -736,7 +736,7 @@ def test_a_flood_waits_for_a_dead_target_and_goes_on_where_it_was(up: Talaria, t
     many = made(tmp_path / "many", 6, files=1)
     waits = {"max_attempts": 50, "retry_delay_s": 3, "retry_max_delay_s": 3}
     up.apply(away=dicom(free_port(), **waits), beside=folder(tmp_path / "archive"))
-    run_id = up.json("send", str(many), "--each", "folder", "--to", "away,beside", "--no-wait")["flow_run_id"]
+    run_id = up.told("send", str(many), "--each", "folder", "--to", "away,beside", "--no-wait")["flow_run_id"]
 
     def state() -> str:
         return str(up.run(run_id)["state"]["name"])

@@ -69,7 +69,7 @@ def test_a_target_is_added_tested_changed_renamed_and_deleted(admin: Person, up:
     assert admin.post("/talaria/targets/archive/edit", {**form, "description": "ours", "do": "save"}).endswith(
         "changed"
     )
-    saved = yaml.safe_load(up("target", "export").stdout)["targets"]["archive"]
+    saved = yaml.safe_load(up.here("target", "export").stdout)["targets"]["archive"]
     assert saved["description"] == "ours" and saved["contact"] == "team@example.org" and saved["folder"] == str(folder)
 
     admin.post("/talaria/targets/archive/enable", {"enabled": "false"})
