@@ -181,15 +181,18 @@ def decode(source: Reader, syntax: str, out: IO[bytes], target: Encoding, check:
 
     def write(element: Element) -> None:
         recoder.head(PIXELS, "OB" if bits <= 8 else "OW", length + length % 2)
-        with _codecs("its pixel data can't be decoded"):
-            out.write(first.tobytes())
-            count = 1
-            for frame, _ in frames:
-                check()
-                if frame.nbytes != frame_bytes or count == options["number_of_frames"]:
-                    raise Unfit("its frames are not those that its header describes")
-                out.write(frame.tobytes())
-                count += 1
+        out.write(first.tobytes())
+        count = 1
+        while True:
+            check()  # what it raises is no codec's error
+            with _codecs("its pixel data can't be decoded"):
+                frame, _ = next(frames, (None, None))
+            if frame is None:
+                break
+            if frame.nbytes != frame_bytes or count == options["number_of_frames"]:
+                raise Unfit("its frames are not those that its header describes")
+            out.write(frame.tobytes())
+            count += 1
         if count != options["number_of_frames"]:
             raise Unfit(f"it holds {count} of {options['number_of_frames']} frames")
         out.write(b"\0" * (length % 2))
@@ -280,7 +283,8 @@ def encode(source: Reader, out: IO[bytes], to: str, check: Callable[[], None]) -
             check()
             offsets.append(out.tell() - start)
             out.write(_item(_compressed(frame, to, options)))
-            frame = next(frames, (None, None))[0]
+            with _codecs("its pixel data can't be read"):
+                frame, _ = next(frames, (None, None))
         out.write(struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))
         if fits and count > 1:
             end = out.tell()

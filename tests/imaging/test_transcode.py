@@ -291,6 +291,36 @@ def test_can_be_cancelled(tmp_path: Path) -> None:
                 pass
 
 
+@pytest.mark.parametrize("to", [EXPLICIT, JPEG_LS, DEFLATED])
+def test_a_stop_is_a_stop_wherever_it_comes(to: str) -> None:
+    """Nothing is wrong with the file: taken for damage, it would be rejected for good."""
+    path, calls, left = studies.data_file("SC_rgb_rle_2frame.dcm"), 0, -1
+
+    def check() -> None:
+        nonlocal calls, left
+        calls, left = calls + 1, left - 1
+        if not left:
+            raise Cancelled("stop")
+
+    with path.open("rb") as file:
+        header = read_header(file.fileno(), path.stat().st_size)
+        what = file.fileno(), header.dataset_offset, header.TransferSyntaxUID, [to]
+        with converted(*what, check=check):
+            pass
+        for stop in range(1, calls + 1):
+            left = stop
+            with pytest.raises(Cancelled), converted(*what, check=check):
+                pass
+
+
+@pytest.mark.parametrize("to", [RLE, JPEG_LS])
+def test_native_pixels_that_are_fewer_than_they_should_be_are_rejected(tmp_path: Path, to: str) -> None:
+    ds = read(studies.multiframe(tmp_path / "few.dcm", 4, side=64).read_bytes())
+    ds.NumberOfFrames = 5
+    with pytest.raises(Unfit, match="can't be read"):
+        convert(studies.encoded(ds), tmp_path, to)
+
+
 def test_leaves_the_file_and_no_other_behind(tmp_path: Path) -> None:
     path = studies.dicom(tmp_path / "a.dcm", "MR_small_RLE.dcm")
     folder = tmp_path / "temporary"
