@@ -26,6 +26,7 @@ CREATE TABLE IF NOT EXISTS messages (
   PRIMARY KEY (rule, recipient, number)) WITHOUT ROWID;
 """
 OPEN, SENT, FAILED = "open", "sent", "failed"  # states
+PAUSED = "the rule is paused"  # the error of a message that waits for that alone: people have asked for it
 KEPT = "kept"  # of the row with what has happened while a rule could not be loaded
 MOST_KEPT = 1000  # happenings of one such rule, the newest
 _KEY = "rule=? AND recipient=? AND number=?"
@@ -233,7 +234,7 @@ class Messages:
 
     def counts(self) -> dict[tuple[str, str], int]:
         """Return how many messages there are, by rule and state; those that are tried again have the state "late"."""
-        late = "CASE WHEN state='open' AND error<>'' THEN 'late' ELSE state END"
+        late = f"CASE WHEN state='open' AND error NOT IN ('', '{PAUSED}') THEN 'late' ELSE state END"
         with self._db.reading():
             rows = self._db.execute(
                 f"SELECT rule, {late}, count(*) FROM messages WHERE number>0 GROUP BY rule, {late}"  # noqa: S608 - ours

@@ -18,7 +18,7 @@ import httpx
 from transfer.database import LOST
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
-from transfer.messages import FAILED, OPEN, SENT, Overtaken, StoredMessage
+from transfer.messages import FAILED, OPEN, PAUSED, SENT, Overtaken, StoredMessage
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -186,7 +186,7 @@ class Notifier:
             return
         try:
             if rule is None or not rule.enabled:
-                state, error = OPEN, self._broken.get(one.rule, "the rule is paused")
+                state, error = OPEN, self._broken.get(one.rule, PAUSED)
             elif not rule.writes_to(one.recipient):
                 state, error = FAILED, "the rule does not write to this recipient any more"
             else:

@@ -323,6 +323,8 @@ def test_messages_of_a_removed_rule_are_forgotten_and_of_a_disabled_one_kept(hom
         until=lambda: newest(home).tries and not _has(home, "gone"),
     )
     assert newest(home).error == "the rule is paused" and hook.asked == []
+    with Ledger(home.ledger) as ledger:
+        assert ledger.messages.counts() == {("ops", "open"): 1}, "none that an alert should be about"
     running(Alone(home, webhook(hook)), until=lambda: hook.taken)
 
 
