@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from blocks import EXTENSIONS, TYPES, Target
@@ -42,6 +43,17 @@ def test_the_readme_tells_what_each_type_can_do() -> None:
         pull = "yes" if driver.find and driver.retrieve else "no"
         levels = ", ".join(driver.facts.verifies_by)
         assert f"| `{name}` | yes | {pull} | {levels} |" in text, name
+
+
+def test_the_readme_s_tour_puts_something_into_each_of_its_inboxes() -> None:
+    """Its last line says of each source that one is done; of one there was nothing that could be."""
+    tour = (ROOT / "README.md").read_text().partition("`site.yaml`:")[2].partition("## Use")[0]
+    text, commands = re.findall(r"```yaml\n(.*?)```(.*)", tour, re.S)[0]
+    sources = {name: one for name, one in yaml.safe_load(text)["sources"].items() if one["type"] == "inbox"}
+    assert len(sources) == 2
+    for one in sources.values():
+        assert one["folder"] in commands.partition("mkdir")[2].partition(";")[0]
+        assert re.search(rf"\$ cp -r study {one['folder']}/\w+", commands) and one["settle_s"] < 10
 
 
 def test_every_command_is_documented() -> None:
