@@ -28,6 +28,9 @@ EVENTS_S = 86_400  # for how long what a follower of events has missed is looked
 POOL = "talaria"  # the work pool at the server that workers take runs from
 NO_PROXY = ("no_proxy", "NO_PROXY")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Variables of ours that set nothing of `talaria up`.
+NO_SETTINGS = {"url", "token", "ca", "rule", "front", FOLLOWED_HERE.removeprefix("TALARIA_").lower()}
+ALIKE = 0.8  # of 1: `source` and `sources` are 0.92, Kubernetes' `service_port` and `scp_port` 0.7
 _WHERE = " (a variable TALARIA_..., or a key of talaria.toml)"
 
 
@@ -143,6 +146,23 @@ def _check_known(files: Mapping[Path, Mapping[str, Any]]) -> None:
             if isinstance(value, dict):
                 hint = "settings stand in no section"
             raise ValueError(f"{file}: unknown setting {name!r}" + (f": {hint}" if hint else ""))
+
+
+def misspelt() -> list[str]:
+    """Return a line for each variable that looks like a setting and is none, as TALARIA_SOURCE.
+
+    Others may have set one, as Kubernetes does for a service of our name, so that none is refused.
+    """
+    from difflib import get_close_matches
+
+    known = set(Settings.model_fields) | NO_SETTINGS
+    given = sorted(name for name in os.environ if name.startswith("TALARIA_"))
+    said = []
+    for name in given:
+        word = name.removeprefix("TALARIA_").lower()
+        alike = [] if word in known else get_close_matches(word, Settings.model_fields, n=1, cutoff=ALIKE)
+        said += [f"{name} is no setting, and is not heeded: did you mean TALARIA_{one.upper()}?" for one in alike]
+    return said
 
 
 def load_settings() -> Settings:

@@ -21,7 +21,7 @@ from talaria.entrance import entrance
 from talaria.errors import ServerError, prefect_away
 from talaria.imports import staying
 from talaria.server import FrontServer, child, healthy, serving, stop_child, use
-from talaria.settings import POOL, Settings, client_environment
+from talaria.settings import POOL, Settings, client_environment, misspelt
 from transfer import roots
 from transfer.audit import Event, record
 from transfer.database import LOST
@@ -288,6 +288,8 @@ def _announce(home: Home, server: FrontServer, taken: list[str]) -> None:
         say(f"taken up after a crash: {run_id}")
     for name, reason in REFUSED.items():
         say(f"targets of type {name} can't be used: {reason}")
+    for line in misspelt():
+        say(line)
     if unset := "; ".join(roots.meaning()):
         say(unset)
     say("ready: Ctrl-C drains and stops")

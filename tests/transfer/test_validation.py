@@ -13,7 +13,7 @@ import pytest
 
 from blocks import TYPES
 from talaria import targetfile
-from talaria.settings import Settings, load_settings
+from talaria.settings import Settings, load_settings, misspelt
 from tests.targets.fields import NEEDED
 from transfer import uploads
 from transfer.errors import Misconfigured
@@ -114,6 +114,17 @@ def test_a_setting_that_is_misspelt_is_refused(
     with pytest.raises(ValueError, match=r"talaria\.toml: unknown setting") as caught:
         load_settings()
     assert str(caught.value).endswith(words)
+
+
+def test_a_variable_that_is_misspelt_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_settings()  # which sets what it has read
+    assert misspelt() == []
+    for name in ("SOURCE", "KEEP_DAY", "URL", "TOKEN", "SERVICE_HOST", "SERVICE_PORT", "PORT_4200_TCP"):
+        monkeypatch.setenv(f"TALARIA_{name}", "1")
+    assert misspelt() == [
+        "TALARIA_KEEP_DAY is no setting, and is not heeded: did you mean TALARIA_KEEP_DAYS?",
+        "TALARIA_SOURCE is no setting, and is not heeded: did you mean TALARIA_SOURCES?",
+    ]
 
 
 def test_every_setting_may_stand_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
