@@ -132,18 +132,17 @@ def test_a_target_whose_package_is_gone_is_listed_and_can_be_removed(up: Talaria
     file = tmp_path / "targets.yaml"
     file.write_text("targets:\n  cloud: {type: webdav, url: 'http://127.0.0.1:9'}\n")
     up.json("target", "apply", str(file))
-    gone = {  # by a command of its own at the same server: what `talaria up` runs has the package
-        "PYTHONPATH": "",
+    gone = {  # by a command at the same server, in this process, which has no such package, as `talaria up` has
         "TALARIA_HOME": str(tmp_path / "another"),
         "PREFECT_API_URL": up.url,
         "PREFECT_API_AUTH_STRING": (up.home / "worker.auth").read_text().strip(),
     }
-    listed = up("target", "list", "--json", env=gone)
+    listed = up.here("target", "list", "--json", env=gone)
     (one,) = json.loads(listed.stdout)["targets"]
     assert one["name"] == "cloud" and "install the package that adds it" in one["broken"]
-    sent = up("send", str(tmp_path), "--to", "cloud", env=gone)
+    sent = up.here("send", str(tmp_path), "--to", "cloud", env=gone)
     assert sent.returncode == 2 and "webdav-target" in sent.stderr and "Traceback" not in sent.stderr
-    assert up("target", "remove", "cloud", env=gone).returncode == 0
+    assert up.here("target", "remove", "cloud", env=gone).returncode == 0
 
 
 # ---- something is wrong with a package

@@ -20,7 +20,7 @@ from talaria.testing import process, studies
 from talaria.testing.harness import attempt
 from talaria.testing.relay import relay
 from tasks import DRIVERS
-from tests.servers.openssh import Server, make_key, openssh
+from tests.servers.openssh import Server, install, make_key, openssh
 from transfer.errors import Denied, Misconfigured, NotTrusted, Retryable, Unreachable
 from transfer.receipt import PushReport, State
 
@@ -70,9 +70,7 @@ def study(tmp_path: Path) -> Path:
 def test_everything_goes_through_the_jump_host(kind: type[SshTarget], way: Way, study: Path, tmp_path: Path) -> None:
     """Host keys, logins, shells, files, checksums, hooks."""
     one = way.target(kind, tmp_path / "in", verify="proven", on_complete=True)
-    script = tmp_path / "in" / "mercure_complete.sh"
-    script.write_text("#!/bin/sh\necho hooked\n")
-    script.chmod(0o755)
+    install(tmp_path / "in", "echo hooked")
     passed, logins = [server.log.read_text().count("Accepted publickey") for server in (way.jump, way.server)]
     health = DRIVERS.of(one).check(one)
     assert health.ok, health.to_json("x")

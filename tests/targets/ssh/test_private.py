@@ -20,7 +20,7 @@ from talaria.testing.harness import attempt
 from tasks import DRIVERS
 from tasks.rsync import _said
 from tasks.ssh import hiding
-from tests.servers.openssh import shared
+from tests.servers.openssh import install, shared
 from tests.targets.remote_folder import ssh_target
 from transfer.errors import DispatchError
 from transfer.plan import scan
@@ -73,9 +73,7 @@ def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarge
         texts += [told(again.error), repr(again.receipt), *again.rejected.values()]
 
     # The script at the end names the folders that it was run for.
-    script = folder / "mercure_complete.sh"
-    script.write_text('#!/bin/sh\necho "said of $1"\n')
-    script.chmod(0o755)
+    install(folder, 'echo "said of $1"')
     hook = DRIVERS.of(target).hook
     assert hook
     result = hook(target, plan, PushReport(), set())
