@@ -12,7 +12,7 @@ import pytest
 from talaria.testing import studies
 from tests.servers.up import Talaria
 
-COUNT = 5000
+COUNT = 2500
 pytestmark = pytest.mark.timeout(600)
 
 

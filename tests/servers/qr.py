@@ -20,6 +20,7 @@ from typing import Any
 
 import pydicom
 from pydicom.charset import convert_encodings
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import PersonName
 
@@ -225,7 +226,8 @@ class _Connection(Connection):
         elif kind == FIND:
             self._find(context, fields, request)
         else:
-            found = [one for one in peer.instances if self._matches(one.ds, keys, UNIQUE)]
+            heeded = self._heeded(keys, UNIQUE)
+            found = [one for one in peer.instances if self._matches(one.ds, heeded)]
             script = peer.on_get if kind == GET else peer.on_move
             self._play(context, fields, request, sends(found) if script is None else script(request, found))
 
@@ -235,8 +237,9 @@ class _Connection(Connection):
         peer, syntax = self.peer, self.contexts[context][1]
         unique = LEVELS[request.level]
         groups: dict[str, list[Dataset]] = {}
+        heeded = self._heeded(request.keys)
         for one in peer.instances:
-            if self._matches(one.ds, request.keys):
+            if self._matches(one.ds, heeded):
                 groups.setdefault(str(one.ds.get(unique, "")), []).append(one.ds)
         answers = list(groups.values())
         limit = peer.limit if request.level in peer.limited else None
@@ -290,14 +293,15 @@ class _Connection(Connection):
                 setattr(answer, keyword, value)
         return answer
 
-    def _matches(self, ds: Dataset, keys: Dataset, only: tuple[str, ...] = ()) -> bool:
-        for element in keys:
+    def _heeded(self, keys: Dataset, only: tuple[str, ...] = ()) -> list[DataElement]:
+        """Return those of the keys that instances are compared with."""
+        unheeded = {"QueryRetrieveLevel", "SpecificCharacterSet", *self.peer.ignores, *self.peer.blanks}
+        given = [one for one in keys if (one.value or one.value == 0) and one.keyword not in unheeded]
+        return [one for one in given if not only or one.keyword in only]
+
+    def _matches(self, ds: Dataset, heeded: list[DataElement]) -> bool:
+        for element in heeded:
             keyword, wanted = element.keyword, element.value
-            unheeded = ("QueryRetrieveLevel", "SpecificCharacterSet", *self.peer.ignores, *self.peer.blanks)
-            if (not wanted and wanted != 0) or keyword in unheeded:
-                continue
-            if only and keyword not in only:
-                continue
             value = ds.get(keyword, "")
             if keyword == "ModalitiesInStudy":
                 study = [one.ds for one in self.peer.instances if one.ds.StudyInstanceUID == ds.StudyInstanceUID]
