@@ -112,9 +112,10 @@ class RunClient(Client):
             if now is not None and now.type not in OURS:
                 why = StateRejectDetails(reason=f"somebody has set it {now.name} meanwhile")
                 return OrchestrationResult(state=now, status=SetStateStatus.REJECT, details=why)
-            if state.name == RESTS and now is not None and now.name == running.PAUSING:
-                state = running.paused(state.message or "")  # it came to rest before it heard of that
-            elif running.stopping() and state.is_cancelled() and now is not None and not now.is_cancelling():
+            pausing, left = now is not None and now.name == running.PAUSING, running.stopping() and state.is_cancelled()
+            if pausing and (state.name == RESTS or left):
+                state = running.paused(state.message or "")  # it came to rest, or its process ends, before that
+            elif left and now is not None and not now.is_cancelling():
                 # Nobody wants it cancelled: its process ends, and another one goes on with it.
                 state = AwaitingRetry(scheduled_time=min(datetime.now(UTC), now.timestamp), message=TAKEN_UP)
         result: OrchestrationResult[Any] = await super().set_flow_run_state(run_id, state, force)

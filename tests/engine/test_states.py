@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
-from prefect.states import AwaitingRetry, Cancelling, Pending, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Pending, Scheduled
 
 from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
@@ -330,6 +330,23 @@ def test_a_run_that_comes_to_rest_just_when_it_is_to_pause_is_paused(up: Talaria
     for run in found:
         up.told("jobs", "resume", run, "--no-wait")
     up.until(lambda: all(named(up, run) == "AwaitingRetry" for run in found), 60)
+
+
+def test_a_run_that_is_to_pause_is_paused_where_its_process_ends_before_it_has(
+    up: Talaria, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would go on by itself with the next process, though somebody has paused it."""
+    monkeypatch.setattr(running, "stopping", lambda: True)
+
+    async def ends(name: str) -> str | None:
+        async with lanes.client(lanes.RunClient) as client:
+            assert isinstance(client, lanes.RunClient)
+            made = await client.create_flow_run(dispatch, parameters={"paths": [], "targets": []}, state=Pending())
+            await client.set_flow_run_state(made.id, State(type=StateType.RUNNING, name=name))
+            await client.set_flow_run_state(made.id, Cancelled())
+            return (await client.read_flow_run(made.id)).state_name
+
+    assert [asyncio.run(ends(name)) for name in (running.PAUSING, "Running")] == [running.PAUSED, "AwaitingRetry"]
 
 
 def test_a_run_that_a_process_takes_while_it_is_cancelled_or_paused_is_told_so(up: Talaria, here: None) -> None:
