@@ -20,6 +20,7 @@ from tasks.retrieve.turn import slots_of
 from transfer import granted, stopping
 from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, NothingCame, Retryable, Unread
 from transfer.outcome import Kind
+from transfer.query import series_tests
 from transfer.receipt import PushReport, Receipt, State
 
 R = TypeVar("R")
@@ -189,11 +190,12 @@ class Fetcher:
         self.job.save()
 
     def _take(self, found: list[Match]) -> None:
+        whole = not series_tests(self.filters)
         for match in found:
             uid = match.StudyInstanceUID
             number = next(iter(_numbers(match)), "")
             if uid and uid not in self.job.studies:
-                self.job.studies[uid] = Study(uid, number)
+                self.job.studies[uid] = Study(uid, number, announced=(match.instances or 0) if whole else 0)
 
     # ---- fetch
 
@@ -257,7 +259,7 @@ class Fetcher:
                     return
                 here, _ = size_of(folder)
                 study.stage, study.reason = (Stage.PARTIAL if here else Stage.FAILED), exc.message
-                study.instances = here
+                study.instances, study.missing = here, max(0, study.announced - here)
                 if isinstance(exc, NothingCame) and not here:
                     self._in_vain, self._seen = exc.message, max(1, self._seen)
                 return

@@ -41,6 +41,7 @@ class Study:
         dispatch: flow run of the dispatch that sends it.
         again: when that may go on, in seconds since the epoch; 0 if it does not wait.
         doubt: why more may belong to it than came; "" if nothing does.
+        announced: how many instances the source says that are asked for of it; 0 if it doesn't.
     """
 
     study: str
@@ -55,6 +56,7 @@ class Study:
     dispatch: str = ""
     again: float = 0.0
     doubt: str = ""
+    announced: int = 0
 
     @property
     def came_whole(self) -> bool:

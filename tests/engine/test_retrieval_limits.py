@@ -442,6 +442,17 @@ def test_a_retry_finds_what_a_number_stands_for_by_then(monkeypatch: pytest.Monk
         assert str(new.ds.StudyInstanceUID) in again.job.studies and not list(again._folders.iterdir())
 
 
+def test_of_a_study_that_broke_off_it_is_said_how_much_is_missing() -> None:
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return [*map(Send, found[:1]), Last(0x0124, 1, len(found) - 1, 0)]
+
+    with archive(study("S1", 3), on_get=script) as peer:
+        one = made(peer, numbers="S1", source_fields={"max_attempts": 1, "retry_delay_s": 0})
+        asyncio.run(one.run())
+    [came] = one.job.studies.values()
+    assert (came.stage, came.instances, came.missing) == (Stage.PARTIAL, 1, 2)
+
+
 def peer_of(peer: Archive, files: list[bytes]) -> list[Instance]:
     """Add some files to an archive."""
     made = [Instance.of(file) for file in files]
