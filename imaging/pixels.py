@@ -24,6 +24,7 @@ JPEG_2000, JPEG_2000_LOSSY = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"
 # The encoder that writes a syntax without loss. The two that allow loss hold such codestreams as well
 # (PS3.5 sections A.4.3 and A.4.4).
 ENCODERS = {JPEG_2000: JPEG_2000, JPEG_LS: JPEG_LS, RLE: RLE, JPEG_2000_LOSSY: JPEG_2000, JPEG_LS_NEAR: JPEG_LS}
+PANIC = "PanicException"  # of a codec in Rust, which is no Exception (PyO3): what it meets is damage all the same
 WINDOW_BYTES = 65_536  # small reads come out of one of this
 MAX_NATIVE_BYTES = 0xFFFFFFFE  # a length field has 32 bits, and FFFFFFFF is the undefined one
 _SAMPLES, _PHOTOMETRIC, _PLANAR, _FRAMES, _ROWS, _COLUMNS = 0x280002, 0x280004, 0x280006, 0x280008, 0x280010, 0x280011
@@ -140,7 +141,9 @@ def _codecs(what: str) -> Iterator[None]:
             raise
         except ImportError as exc:
             raise Unfit(f"the libraries for it are missing: install talaria[transcode] ({exc.name})") from exc
-        except Exception as exc:
+        except BaseException as exc:
+            if not isinstance(exc, Exception) and type(exc).__name__ != PANIC:
+                raise
             # Their messages speak of codestreams and modules, never of values. Where several plugins failed, the first
             # line says only that; the last one is a plugin's own.
             lines = str(exc).strip().splitlines() or [type(exc).__name__]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -289,6 +290,17 @@ def test_can_be_cancelled(tmp_path: Path) -> None:
                 converted(file.fileno(), header.dataset_offset, header.TransferSyntaxUID, targets, check=check),
             ):
                 pass
+
+
+def test_a_decoder_that_panics_rejects_the_instance(tmp_path: Path) -> None:
+    """As that of RLE does, which is in Rust, at a segment that is longer than its frame: no Exception is raised."""
+    segments = [b"\x81\0" * count for count in (33, 32)]  # of 128 bytes each; 64 * 64 bytes are wanted
+    head = struct.pack("<16I", 2, 64, 64 + len(segments[0]), *[0] * 13)
+    ds = studies.dataset("MR_small_RLE.dcm")
+    ds.PixelData = encapsulate([head + b"".join(segments)])
+    ds["PixelData"].is_undefined_length = True
+    with pytest.raises(Unfit, match="can't be decoded: index out of bounds"):
+        convert(studies.encoded(ds), tmp_path, EXPLICIT)
 
 
 @pytest.mark.parametrize("to", [EXPLICIT, JPEG_LS, DEFLATED])
