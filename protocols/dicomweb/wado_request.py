@@ -13,7 +13,7 @@ from protocols.dicomweb.service import Service
 from protocols.files import partial
 from protocols.http.answer import Answer
 from protocols.http.multipart import Parts, parameters
-from transfer.errors import Busy, Misconfigured, Rejected
+from transfer.errors import Busy, Interrupted, Misconfigured, Rejected
 
 DICOM = "application/dicom"
 LEVELS = ("studies", "series", "instances")
@@ -65,6 +65,8 @@ def fetch(
                 if accept != forms[0]:
                     forms.sort(key=lambda form: form != accept)
                 yield from _contents(service, answer, where, pace)
+                if answer.status == 206 and len(uids) < len(LEVELS):  # PS3.18 table 10.4.3-1
+                    raise Interrupted(f"{service.where}: the answer holds a part of the instances only (206)")
                 return
             body = answer.read()
             if accept == asked[-1] or answer.status not in OTHER_FORM:

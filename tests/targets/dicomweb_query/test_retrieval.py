@@ -257,6 +257,33 @@ def test_retrieve_that_is_cut_is_partial_where_the_server_neither_counts_nor_lis
     assert receipt.state is State.PARTIAL
 
 
+@pytest.mark.parametrize("lists", [True, False])
+def test_retrieve_of_which_the_server_says_that_it_is_a_part(server: Scripted, tmp_path: Path, lists: bool) -> None:
+    """206: the rest is fetched one by one, where the server lists it; else it is not known that nothing is missing."""
+    uids = hold(server, *series_of(6))
+    uncounted(server, metadata=False)
+    search, usual = server._search, server._retrieve
+    server._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(404) if segments[-1] == "instances" and not lists else search(segments, query)
+    )
+
+    def some(segments: list[str]) -> Reply:
+        if len(segments) > 4:
+            return usual(segments)
+        kept, hidden = dict(server.stored), sorted(uids)[4:]
+        for uid in hidden:
+            del server.stored[uid]
+        try:
+            return replace(usual(segments), status=206)
+        finally:
+            server.stored.update(kept)
+
+    server._retrieve = some  # type: ignore[method-assign]
+    receipt = fetched(server, tmp_path / "out")
+    assert len(files(tmp_path / "out")) == (6 if lists else 4)
+    assert receipt.state is (State.DELIVERED if lists else State.PARTIAL)
+
+
 @pytest.mark.parametrize("into", ["/proc/none", "file/below", "file"])
 def test_retrieve_into_what_is_no_folder(server: Scripted, tmp_path: Path, into: str) -> None:
     hold(server, *series_of(2))
