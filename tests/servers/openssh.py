@@ -25,7 +25,11 @@ from talaria.testing import process
 IS_ROOT = os.geteuid() == 0
 PASSWORD = "wort-8812-Zeichen"
 
+# What ssh(1) would agree on first costs it fifty milliseconds of a processor each time. A bash that sshd starts reads
+# .bashrc, here that of whoever runs the tests, unless another shell has started sshd's.
 CONFIG = """
+KexAlgorithms curve25519-sha256,curve25519-sha256@libssh.org
+SetEnv SHLVL=1
 Port {port}
 ListenAddress 127.0.0.1
 {host_keys}
