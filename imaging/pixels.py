@@ -25,6 +25,7 @@ JPEG_2000, JPEG_2000_LOSSY = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"
 # (PS3.5 sections A.4.3 and A.4.4).
 ENCODERS = {JPEG_2000: JPEG_2000, JPEG_LS: JPEG_LS, RLE: RLE, JPEG_2000_LOSSY: JPEG_2000, JPEG_LS_NEAR: JPEG_LS}
 PANIC = "PanicException"  # of a codec in Rust, which is no Exception (PyO3): what it meets is damage all the same
+JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"  # how a JP2 file begins (ISO/IEC 15444-1, I.5.1)
 WINDOW_BYTES = 65_536  # small reads come out of one of this
 MAX_NATIVE_BYTES = 0xFFFFFFFE  # a length field has 32 bits, and FFFFFFFF is the undefined one
 _SAMPLES, _PHOTOMETRIC, _PLANAR, _FRAMES, _ROWS, _COLUMNS = 0x280002, 0x280004, 0x280006, 0x280008, 0x280010, 0x280011
@@ -154,10 +155,24 @@ def _codecs(what: str) -> Iterator[None]:
 def _decoder(syntax: str) -> Any:
     from pydicom.pixels.decoders.base import get_decoder
 
+    get_decoder.__globals__["get_j2k_parameters"] = _j2k_parameters  # those of its module, which decodes frames
     decoder = get_decoder(syntax)
     if not decoder.is_available:
         raise Unfit(f"no decoder for {decoder.UID.name} is installed: install talaria[transcode]")
     return decoder
+
+
+def _j2k_parameters(codestream: bytes) -> dict[str, Any]:
+    """Return what pydicom reads in a codestream; behind a JP2 box without a length it would look without end."""
+    from pydicom.pixels.utils import get_j2k_parameters
+
+    at = len(JP2)
+    while codestream.startswith(JP2[:8]) and at < len(codestream) and codestream[at + 4 : at + 8] != b"jp2c":
+        length = int.from_bytes(codestream[at : at + 4], "big")
+        if length < 8:  # of length and type alone
+            return {}
+        at += length
+    return get_j2k_parameters(codestream)
 
 
 def decode(source: Reader, syntax: str, out: IO[bytes], target: Encoding, check: Callable[[], None]) -> None:

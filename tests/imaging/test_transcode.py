@@ -303,6 +303,19 @@ def test_a_decoder_that_panics_rejects_the_instance(tmp_path: Path) -> None:
         convert(studies.encoded(ds), tmp_path, EXPLICIT)
 
 
+def test_a_box_without_a_length_is_not_looked_behind_without_end(tmp_path: Path) -> None:
+    """Some writers put the boxes of a JP2 file before the codestream; a damaged one may say that it has no length."""
+    ds = studies.dataset("GDCMJ2K_TextGBR.dcm")
+    (frame,) = generate_frames(ds.PixelData, number_of_frames=1)
+    assert frame[4:8] == b"jP  "
+    for length in (0, 7):
+        ds.PixelData = encapsulate([frame[:12] + struct.pack(">I", length) + frame[16:]])
+        ds["PixelData"].is_undefined_length = True
+        with pytest.raises(Unfit, match="can't be decoded"):
+            convert(studies.encoded(ds), tmp_path, EXPLICIT)
+    assert convert(studies.data_file("GDCMJ2K_TextGBR.dcm").read_bytes(), tmp_path, EXPLICIT)
+
+
 @pytest.mark.parametrize("to", [EXPLICIT, JPEG_LS, DEFLATED])
 def test_a_stop_is_a_stop_wherever_it_comes(to: str) -> None:
     """Nothing is wrong with the file: taken for damage, it would be rejected for good."""
