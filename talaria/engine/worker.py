@@ -40,6 +40,7 @@ from talaria import logs
 from talaria.audit.forward import forwarding
 from talaria.engine import called, cancelled, hosts, lanes, logged, slots, stray
 from talaria.engine.aside import Aside
+from talaria.engine.bound import Bound
 from talaria.engine.due import MOST, Due, come, is_check
 from talaria.engine.heeding import HEED_S, heed, is_stop
 from talaria.engine.lost import LOST, going_on
@@ -96,7 +97,7 @@ class Worker:
         self._flows = Flows(client)
         self._jobs: set[asyncio.Task[None]] = set()
         self._looking_back, self._slots = cancelled.LookingBack(), slots.Slots(client, home, ledger, self.alive)
-        self._set_back = SetBack()
+        self._set_back, self._bound = SetBack(), Bound()
         self._aside = Aside(client, home, ledger)
         self._parts = RetrievalParts(client, ledger, self.alive, self._called_back, self._do)
 
@@ -427,6 +428,8 @@ class Worker:
         await self._set_back.look(self.client, self.ledger, self.pool, self.active, self._has_begun)
         await self._heed(list(self.active))
         await self._parts.look()
+        if hosts.several():
+            await self._bound.look(self.client, self.ledger, await self.due.scheduled(before=come(self.ledger)))
         states = [StateType.CANCELLING, StateType.PENDING, StateType.RUNNING]
         found = await self.client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),

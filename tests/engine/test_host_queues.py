@@ -21,8 +21,9 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelling, Running
 
-from talaria.engine import called, hosts
+from talaria.engine import bound, called, hosts
 from talaria.engine.aside import Aside
+from talaria.engine.bound import DEAD_S, Bound
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, taken_over
 from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange
@@ -241,6 +242,35 @@ def test_a_retrieval_of_a_dead_host_begins_anew_wherever_its_folder_is(shared: P
     own.state = Running()
     asyncio.run(_take_up(cast(PrefectClient, Server(own)), str(own.id)))
     assert own.labels[hosts.HOST] == "here"
+
+
+def test_a_retrieval_that_rests_when_its_host_dies_begins_anew_elsewhere(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has it then, to be taken over from: it waited for its host, and its dispatches stayed Running."""
+    alive, labels, now = {"here"}, dict[UUID, Any](), time.monotonic()
+
+    class Labelled:
+        async def update_flow_run_labels(self, run_id: UUID, given: dict[str, Any]) -> None:
+            labels[run_id] = given
+
+    free, kept = a_retrieval(label="there", targets=["archive"]), a_retrieval(label="there", targets=["archive"])
+    kept.labels[KEPT] = "/somewhere"
+    due = [free, kept, a_retrieval(label="there", into=str(tmp_path)), a_retrieval(label="here", targets=["archive"])]
+    ledger, look = SimpleNamespace(runs=SimpleNamespace(hosts=lambda: alive)), Bound()
+
+    def looked(after_s: float) -> None:
+        monkeypatch.setattr(bound.time, "monotonic", lambda: now + after_s)
+        asyncio.run(look.look(cast(PrefectClient, Labelled()), cast(Ledger, ledger), due))
+
+    looked(0.0)
+    alive.add("there")  # it was only started anew
+    looked(DEAD_S)
+    alive.remove("there")
+    looked(2 * DEAD_S)
+    assert not labels
+    looked(3 * DEAD_S)
+    assert labels == {free.id: {hosts.HOST: ""}}
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-host/study", "/a\0b", "study"])
