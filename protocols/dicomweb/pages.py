@@ -7,7 +7,8 @@ offset. If it doesn't, a larger page is requested; and if the server may hold re
 it doesn't, and where pages end with as many results as any search has had, for the server may count no further:
 
     an answer of this server, to any search of the level, that had more results; one that stands behind so many
-    the count that it gave of them, or a count of all it has that is no larger
+    the count that it gave of them, or a count of all it has that is no larger; where all that it shows is one day's
+    (and no more than so many series), identifiers that go on otherwise must bring nothing else
     searches that share the results out (by UID, by date), each answered with fewer
 
 Otherwise the search ends with an error: an absence that isn't proven is not reported.
@@ -16,8 +17,10 @@ Otherwise the search ends with an error: an absence that isn't proven is not rep
 from __future__ import annotations
 
 import datetime
+import string
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from imaging import json as dicomjson
 from imaging.json import Attributes
@@ -35,8 +38,10 @@ PAGING, FIELDS = "limit and offset", "includefield"
 DATE = "StudyDate"
 UID_TAGS = {"studies": "0020000D", "series": "0020000E", "instances": "00080018"}
 UID_KEYS = {"studies": "StudyInstanceUID", "series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}
+IDENTIFIER_TAGS = {"PatientID": "00100020", "AccessionNumber": "00080050", "PatientName": "00100010"}
 DATE_TAG = "00080020"
 UID_SIGNS = ".0123456789"
+ALPHANUMERIC = string.digits + string.ascii_uppercase
 # What servers need not match on (PS3.18 table 10.6.1-5), or were seen to refuse, in this order.
 _DOUBTFUL = (FIELDS, "StudyDescription", "ModalitiesInStudy", DATE, "PatientName", "PatientID")
 
@@ -285,6 +290,8 @@ class PagedSearch:
         whole = split and (not more or any(key == DATE for key, _ in self.sent))
         if not whole and not more:  # of what it shows at all, is there anything else?
             whole = all_of_them or all(self._uid(row) in self._seen for row in self._everything(total + 1, 0))
+            if whole and (yield from self._by_identifier(total)):
+                raise self._cut_short(total)
         if whole and not more:
             reached[self.level] = total + 1
         elif not (whole or (yield from self._by_uid(total))):
@@ -375,6 +382,38 @@ class PagedSearch:
                 begins += [begin[:-1], *(f"{begin[:-1]}{sign}*" for sign in UID_SIGNS)]
         return False
 
+    def _by_identifier(self, count: int) -> Generator[Attributes, None, bool]:
+        """Ask for studies by how their identifiers may go on where those of the results differ; return True, once there
+        is one more: a search for everything may end at the same limit.
+        """
+        if self.level != "studies" or PagedSearch(self.archive, ("series",)).has(count):
+            return False
+        for key, tag in IDENTIFIER_TAGS.items():
+            values = {_value(row, tag) for row in self._whole(count) or []} - {""}
+            if len(values) < 2 or any(name == key for name, _ in self.sent) or not self._takes(key):
+                continue
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(min(values), max(values), strict=False))
+            begin = "".join(sign for sign, _ in alike)
+            following = {value[len(begin) :][:1] for value in values}
+            for sign in string.digits if "".join(following).isdigit() else ALPHANUMERIC:
+                rows = self._share(count, (key, f"{begin}{sign}*"))
+                if rows is None or not all(_begins(_value(row, tag), begin + sign) for row in rows):
+                    break  # it takes no wild cards there, or looks at none
+                before = len(self._seen)
+                yield from self._fresh(rows)
+                if len(self._seen) > before:
+                    return True
+        return False
+
+    def has(self, count: int) -> bool:
+        """Return True if the server gives more results than so many; False if it doesn't, or refuses the search."""
+        try:
+            return bool(self.page(1, count).rows) if self.paged else False
+        except Cancelled:
+            raise
+        except (DispatchError, RequestRefused):
+            return False
+
     def _by_date(self, count: int) -> Generator[Attributes, None, bool]:
         """Split the results by study date; return True if that brought all that have one."""
         period = next((in_days(value) for key, value in self.sent if key == DATE), "-")
@@ -424,6 +463,16 @@ class PagedSearch:
             f"{service.where}{path}: the server gives {count} results at once, and may have more, but has no pages for "
             f"them: narrow the query{remedy}"
         )
+
+
+def _value(row: Attributes, tag: str) -> str:
+    """Return an identifier, or a name's first form."""
+    value = next(iter(dicomjson.values(row, tag)), "")
+    return str(value.get("Alphabetic", "") if isinstance(value, dict) else value).strip(" \0")
+
+
+def _begins(value: str, begin: str) -> bool:
+    return value.casefold().startswith(begin.casefold())
 
 
 def _days_from(date: str, days: int) -> str:

@@ -27,7 +27,7 @@ def test_pages(many: Scripted) -> None:
     assert len(matches) == len(study_uids(matches)) == 50
     offsets = [dict(request.query)["offset"] for request in many.of("GET")]
     assert offsets[:3] == ["0", "19", "38"]
-    assert len(offsets) < 8  # that it counts no further than 50 is looked for
+    assert len(offsets) < 12  # that it counts no further than 50 is looked for
 
 
 def test_what_stands_behind_a_search_shows_by_one_query_that_it_was_whole(many: Scripted) -> None:
@@ -129,6 +129,29 @@ def test_server_counts_no_further_than_a_limit(server: Scripted, monkeypatch: py
     hold(server, *(studies.dataset(StudyDate="20240101", AccessionNumber="A") for _ in range(60)))
     with pytest.raises(Misconfigured, match=f"gives {counts} results at once, and may have more"):
         found(server, Query(AccessionNumber=("A",)))
+
+
+@pytest.mark.parametrize("day", ["20000101", ""])
+@pytest.mark.parametrize("begin", ["ANON-00", ""])
+@pytest.mark.parametrize("key", ["PatientID", "AccessionNumber", "PatientName"])
+def test_studies_of_one_day_behind_a_limit(server: Scripted, key: str, begin: str, day: str) -> None:
+    """Anonymised studies often share a date, or have none: a search for everything ends at the same limit."""
+    same = {"PatientID": "1", "AccessionNumber": "", "PatientName": "ANON", "StudyDate": day}
+    hold(server, *(studies.dataset(**same | {key: f"{begin}{n:02}"}) for n in range(13)))
+    strict(server)
+    server.counts = 5
+    for query in (Query(), Query(StudyDate=day), Query(Modality="CT")):
+        with pytest.raises(Misconfigured, match="gives 5 results at once, and may have more"):
+            found(server, query)
+    server.counts = None
+    assert len(study_uids(found(server))) == 13
+
+
+def test_few_studies_of_one_day_are_all_that_there_are(server: Scripted) -> None:
+    hold(server, *(studies.dataset(StudyDate="20000101", PatientID=f"P{n}") for n in range(7)))
+    strict(server)
+    assert len(study_uids(found(server))) == 7
+    assert len(server.of("GET")) < 25
 
 
 def test_series_behind_a_limit_are_read_in_the_metadata(server: Scripted) -> None:
