@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -59,6 +60,18 @@ class DispatchWindow:
             if now < begin < end:
                 return begin.astimezone(self.zone)
         raise AssertionError("a window has at least one day")
+
+    def meets(self, other: DispatchWindow, now: datetime) -> bool:
+        """Return whether both are open at some time of the next two weeks."""
+        here, there = (tuple(one._times(now)) for one in (self, other))
+        return any(begin < last and first < end for begin, end in here for first, last in there)
+
+    def _times(self, now: datetime) -> Iterator[tuple[datetime, datetime]]:
+        today = now.astimezone(self.zone).date()
+        for ahead in range(-1, 16):
+            day = today + timedelta(days=ahead)
+            if day.weekday() in self.days:
+                yield self._open(day), self._close(day)
 
     def _open(self, day: date) -> datetime:
         return datetime.combine(day, self.begin, self.zone).astimezone(UTC)

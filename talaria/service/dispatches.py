@@ -15,6 +15,7 @@ from talaria.service.jobs import line, outcome, queued, result
 from tasks import DRIVERS
 from tasks.dispatch.asked import check_asked, name_of, unplanned
 from tasks.dispatch.delivery import Delivery, sort_out
+from tasks.dispatch.hours import check_hours
 from tasks.dispatch.report import document as whole
 from tasks.targets import check_destination, check_origin, load
 from transfer import live
@@ -63,6 +64,7 @@ async def create_dispatch(
     for target in await load(office.client, targets, secrets=False):
         check_destination(target)
         check_origin(target, Origin(sender_aet, receiver_aet, sender_host))
+        check_hours(target, priority)
     if office.embedded and not host:  # else the files are another machine's
         await asyncio.to_thread(_look, paths, each, patterns(exclude))
     parameters = {

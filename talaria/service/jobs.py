@@ -21,6 +21,7 @@ from tasks.crashed import is_over
 from tasks.dispatch import breaker, kept, progress, rest, running
 from tasks.dispatch.asked import check_asked
 from tasks.dispatch.audited import requester
+from tasks.dispatch.hours import check_hours
 from tasks.names import split
 from tasks.retrieve.ending import mark_ended, numbers_of
 from tasks.retrieve.job import Job, folder_of
@@ -167,6 +168,7 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     for target in await load(office.client, to, secrets=False):
         check_destination(target)  # before anything is kept for it
         check_origin(target, origin)
+        check_hours(target, str(asked.get("priority", "")))
     of_source = asked.get("each") == Each.UNIT and not all(map(is_list, asked["paths"]))
     if host := hosts.where_it_waits(flow_run):
         if of_source:

@@ -16,6 +16,7 @@ from talaria.service.jobs import line, queued, result
 from talaria.service.searching import SEARCHES
 from tasks.dispatch import audited
 from tasks.dispatch.asked import retrieval_name
+from tasks.dispatch.hours import check_hours
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
 from tasks.retrieve.search import SearchResult, found_at
@@ -143,6 +144,7 @@ async def create_retrieval(
     asks = any(one.strip("*?^= ") for one in (wanted.PatientID, wanted.PatientName))  # "*" asks for everybody
     (origin,) = await load(office.client, [source], secrets=asks)
     check_source(origin)
+    check_hours(origin, parameters["priority"])
     for target in await load(office.client, parameters["targets"], secrets=False) if targets else ():
         check_destination(target)
         check_origin(target, origin_of(origin), UNKNOWN)

@@ -6,6 +6,7 @@ import os
 from datetime import UTC, datetime, timedelta
 
 from blocks.base import Target
+from transfer.errors import Misconfigured
 from transfer.window import DispatchWindow
 
 OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
@@ -24,6 +25,22 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
         windows.append(off_peak())
     openings = [opening for window in windows if (opening := window.opens(now))]
     return max(openings) if openings else None
+
+
+def check_hours(target: Target, priority: str) -> None:
+    """Raise if what waits for the off-peak hours would wait for a target for ever.
+
+    Raises:
+        Misconfigured: it would.
+    """
+    if priority != "offpeak" or not target.window:
+        return
+    if not DispatchWindow.parse(target.window).meets(off_peak(), datetime.now(UTC)):
+        raise Misconfigured(
+            f"has the window {target.window}, which has no time in common with the off-peak hours, {off_peak_words()}: "
+            "nothing would ever be done there with priority offpeak",
+            target.name,
+        )
 
 
 def off_peak() -> DispatchWindow:

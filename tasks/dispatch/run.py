@@ -27,6 +27,7 @@ from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import LeftToAnother, Paused, knows, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.gone import reject_gone
+from tasks.dispatch.hours import check_hours
 from tasks.dispatch.keeping import Given, keep_files
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.leaving import is_left
@@ -368,6 +369,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming, origin:
     for target in chosen:
         if target.enabled:
             check_destination(target)
+            check_hours(target, priority)
     # A thread for each target that is pushed to, and some to spare: a hung one must not hold up another.
     executor = ThreadPoolExecutor(len(chosen) + 8, thread_name_prefix="push")
     asyncio.get_running_loop().set_default_executor(executor)

@@ -23,6 +23,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 from blocks.base import Target
 from tasks.dispatch import audited, kept, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
+from tasks.dispatch.hours import check_hours
 from tasks.dispatch.leaving import is_left
 from tasks.dispatch.looks import SLOT_S
 from tasks.dispatch.patience import patiently
@@ -464,6 +465,7 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     source, *targets = await patiently(lambda: _load([wish.source, *wish.targets]))
     if source.enabled:  # else it waits
         check_source(source)
+        check_hours(source, wish.priority)
     for target in targets:
         if target.enabled:
             check_destination(target)

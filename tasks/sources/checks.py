@@ -19,6 +19,7 @@ from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import After, FileSource
 from protocols.files.filesystem import FLUSHED_AS_A_WHOLE, kind
+from tasks.dispatch.hours import check_hours
 from tasks.names import split
 from tasks.sources import dicom, inbox, lines, ports
 from tasks.targets import UNKNOWN, check_destination, check_origin, check_source, origin_of
@@ -137,6 +138,7 @@ def _of_targets(source: Source, known: dict[str, Target]) -> Iterator[str]:
         try:
             if target.enabled:  # what goes to one that is not waits for it
                 check_destination(target)
+                check_hours(target, "" if query else source.priority)  # what was fetched is sent in its own hours
         except DispatchError as exc:
             yield f"target {name} {exc.message}"
         if isinstance(source, FileSource) and not query:
@@ -154,6 +156,7 @@ def _of_targets(source: Source, known: dict[str, Target]) -> Iterator[str]:
                 yield f"no target named {query}"
             else:
                 check_source(asked)
+                check_hours(asked, source.priority)
         except DispatchError as exc:
             yield f"target {query} {exc.message}"
 

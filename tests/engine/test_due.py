@@ -306,14 +306,18 @@ def test_runs_of_schedules_and_automations_stand_in_the_queue_of_their_priority(
 
 
 def test_a_check_does_not_wait_for_dispatches(up: Talaria, tmp_path: Path) -> None:
-    studies.ct(tmp_path / "study", 40)
+    folders = [tmp_path / f"study-{number}" for number in range(9)]
+    for each in folders:
+        studies.ct(each, 40)
     (tmp_path / "slow").mkdir()
     slow = {"type": "folder", "folder": str(tmp_path / "slow"), "concurrency": 1, "max_dispatches": 64}
     up.apply(slow=slow | {"bandwidth_limit": 1024})
     deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
     # By Prefect's own API, without a queue.
-    asked = {"paths": [str(tmp_path / "study")], "targets": ["slow"], "priority": "urgent", "force": True}
-    runs = [up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked) for _ in range(9)]
+    runs = []
+    for each in folders:
+        asked = {"paths": [str(each)], "targets": ["slow"], "priority": "urgent"}
+        runs.append(up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked))
     assert {run["work_queue_name"] for run in runs} == {"urgent"}
     states = [""]
 

@@ -340,6 +340,7 @@ def test_send_leaves_the_files_to_the_side_that_sends(
         ({"paths": ["STUDY"], "targets": ["good"], "exclude": "*.dcm"}, 422, "nothing to send"),
         ({"paths": ["STUDY"], "targets": ["nobody"]}, 404, "no target named nobody"),
         ({"paths": ["STUDY"], "targets": ["off"]}, 422, "disabled"),
+        ({"paths": ["STUDY"], "targets": ["good", "daily"], "priority": "offpeak"}, 422, "has no time in common"),
         ({"paths": ["STUDY"], "targets": ["good", "passing"]}, 422, "where the study came from: give sender_aet"),
         ({"paths": ["STUDY"], "targets": ["passing"], "sender_aet": "A" * 17}, 422, "1 to 16 characters"),
     ],
@@ -350,7 +351,8 @@ def test_what_can_t_be_sent_is_refused_in_one_line(
     (tmp_path / "empty").mkdir()
     studies.ct(tmp_path / "study", 1)
     passing = {"type": "dicom", "host": "127.0.0.1", "aet_target": "A", "pass_sender_aet": True}
-    up.apply(good=folder(tmp_path / "good"), off=folder(tmp_path / "off", enabled=False), passing=passing)
+    daily = folder(tmp_path / "good", window="08:00-20:00")
+    up.apply(good=folder(tmp_path / "good"), off=folder(tmp_path / "off", enabled=False), passing=passing, daily=daily)
     names = {"EMPTY": str(tmp_path / "empty"), "STUDY": str(tmp_path / "study")}
     answer = api.post("/dispatches", json=body | {"paths": [names.get(path, path) for path in body["paths"]]})
     assert answer.status_code == status and words in answer.json()["error"]

@@ -107,7 +107,7 @@ def test_every_route_declares_its_role_and_holds_to_it(app: FastAPI) -> None:
         ({"targets": ["a"]}, "paths: is required"),
         ({"paths": ["/x"], "targets": ["a"], "colour": SECRET}, "colour: unknown field"),
         ({"paths": ["/x"], "targets": ["a"], "priority": SECRET}, "priority: must be 'urgent', 'normal' or 'offpeak'"),
-        ({"paths": "/x", "targets": ["a"]}, "paths: must be a list"),
+        ({"paths": "/x", "targets": ["a"]}, "paths: must be a list, as in [one, two]"),
     ],
 )
 def test_what_is_not_valid_is_said_in_one_line_without_its_value(app: FastAPI, body: Any, words: str) -> None:

@@ -74,6 +74,23 @@ def test_targets_that_must_know_where_a_study_comes_from(place: Place) -> None:
         inbox(place, sender_aet="A" * 17)
 
 
+def test_off_peak_hours_in_which_a_target_takes_nothing(place: Place) -> None:
+    daily = DicomTarget(host="daily", aet_target="A", direction="both", window="08:00-20:00").named("daily")
+    never = (
+        "target daily has the window 08:00-20:00, which has no time in common with the off-peak hours, 22:00-06:00 UTC"
+    )
+    assert wrong(place, inbox(place, targets=["daily"]), more=(daily,)) == []
+    (words,) = wrong(place, inbox(place, targets=["daily"], priority="offpeak"), more=(daily,))
+    assert words.startswith(never)
+    Path(place("todo.csv")).write_text("A1\n")
+    # What is fetched by night is sent when its target takes it.
+    by_night = ListSource(file=place("todo.csv"), query="asked", targets=["daily"], priority="offpeak").named("night")
+    assert wrong(place, by_night, more=(daily,)) == []
+    of_day = ListSource(file=place("todo.csv"), query="daily", targets=["shelf"], priority="offpeak").named("of-day")
+    (words,) = wrong(place, of_day, more=(daily,))
+    assert words.startswith(never)
+
+
 def test_of_what_is_fetched_the_target_that_is_asked_is_the_origin(place: Place) -> None:
     Path(place("todo.csv")).write_text("A1\n")
     pacs = DicomTarget(host="pacs", aet_target="PACS", direction="both").named("pacs")

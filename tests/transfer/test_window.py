@@ -142,3 +142,24 @@ def test_parses(text: str, days: int, zone: str) -> None:
 def test_a_word_that_is_unknown_is_named(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DispatchWindow.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meets"),
+    [
+        ("08:00-20:00", "22:00-06:00", False),
+        ("08:00-22:00", "22:00-06:00", False),
+        ("08:00-22:01", "22:00-06:00", True),
+        ("05:59-08:00", "22:00-06:00", True),
+        ("08:00-20:00 Mon-Fri", "00:00-24:00 Sat,Sun", False),
+        ("22:00-02:00 Fri", "00:00-01:00 Sat", True),  # the night of Friday
+        ("22:00-02:00 Sun", "00:00-01:00 Mon", True),
+        ("08:00-20:00 Asia/Tokyo", "22:00-06:00 Europe/Berlin", True),
+        ("12:00-20:00 Asia/Tokyo", "22:00-02:00 America/New_York", True),
+        ("15:00-20:00 Asia/Tokyo", "22:00-01:00 America/New_York", False),
+    ],
+)
+@pytest.mark.parametrize("now", ["2024-03-15T12:00", "2024-03-29T23:30", "2024-10-26T01:30", "2024-12-31T05:00"])
+def test_two_windows_have_some_time_in_common_or_none(one: str, other: str, meets: bool, now: str) -> None:
+    first, second = DispatchWindow.parse(one), DispatchWindow.parse(other)
+    assert first.meets(second, at(now)) is second.meets(first, at(now)) is meets

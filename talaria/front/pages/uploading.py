@@ -153,6 +153,7 @@ class UploadPages:
 
     async def _checked(self, request: Request, asked: dict[str, Any]) -> None:
         """Raise before anything is uploaded that could not be sent."""
+        from tasks.dispatch.hours import check_hours
         from tasks.targets import check_destination, check_origin, load
         from transfer.plan import Origin
 
@@ -164,6 +165,7 @@ class UploadPages:
         for target in await load(office.client, asked["to"], secrets=False):
             check_destination(target)
             check_origin(target, Origin())  # nobody is asked for it
+            check_hours(target, asked["priority"])
 
     @needs(Role.OPERATOR)
     @answered
