@@ -92,10 +92,8 @@ class KeyRing:
 
     def of_login(self, name: str, password: str, *, local: bool) -> Identity | None:
         """Return the identity that a login proves, or None; without a name, the password is the machine's token."""
-        name, text = (
-            name.strip(),
-            password.strip(),
-        )  # blanks are of a password, not of the token
+        name = name.strip()
+        text = password.strip()  # blanks are of a password, not of the token
         if not name or _same(f"{name}:{text}", self._machine):
             return self.of_text(text if ":" in text or not name else f"{name}:{text}", local=local)
         return self.users.verify(name, password)
