@@ -49,12 +49,8 @@ class DispatchWindow:
 
         Times are compared in UTC: two datetimes of one zone compare by their clocks, which lie when summer time ends.
         """
-        today, now = now.astimezone(self.zone).date(), now.astimezone(UTC)
-        for ahead in range(-1, 16):  # of a week's one day, the hour may be the one that summer time leaves out
-            day = today + timedelta(days=ahead)
-            if day.weekday() not in self.days:
-                continue
-            begin, end = self._open(day), self._close(day)
+        now = now.astimezone(UTC)
+        for begin, end in self._times(now):
             if begin <= now < end:
                 return None
             if now < begin < end:
@@ -68,7 +64,7 @@ class DispatchWindow:
 
     def _times(self, now: datetime) -> Iterator[tuple[datetime, datetime]]:
         today = now.astimezone(self.zone).date()
-        for ahead in range(-1, 16):
+        for ahead in range(-1, 16):  # of a week's one day, the hour may be the one that summer time leaves out
             day = today + timedelta(days=ahead)
             if day.weekday() in self.days:
                 yield self._open(day), self._close(day)

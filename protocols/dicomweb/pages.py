@@ -297,10 +297,10 @@ class PagedSearch:
         elif not (whole or (yield from self._by_uid(total))):
             raise self._cut_short(total, "; it gives all of a range of study dates" if split else "")
 
-    def _everything(self, limit: int, offset: int) -> list[Attributes]:
-        """Return results of a search for all that the server has; none where it refuses that."""
+    def _everything(self, limit: int, offset: int, level: str = "") -> list[Attributes]:
+        """Return results of a search for all that the server has of this, or another, level; none where it refuses."""
         try:
-            return PagedSearch(self.archive, (self.level,)).page(limit, offset).rows
+            return PagedSearch(self.archive, (level or self.level,)).page(limit, offset).rows
         except Cancelled:
             raise
         except (DispatchError, RequestRefused):
@@ -386,10 +386,11 @@ class PagedSearch:
         """Ask for studies by how their identifiers may go on where those of the results differ; return True, once there
         is one more: a search for everything may end at the same limit.
         """
-        if self.level != "studies" or PagedSearch(self.archive, ("series",)).has(count):
+        if self.level != "studies" or self._everything(1, count, "series"):
             return False
+        results = self._whole(count) or []
         for key, tag in IDENTIFIER_TAGS.items():
-            values = {_value(row, tag) for row in self._whole(count) or []} - {""}
+            values = {_value(row, tag) for row in results} - {""}
             if len(values) < 2 or any(name == key for name, _ in self.sent) or not self._takes(key):
                 continue
             alike = takewhile(lambda pair: pair[0] == pair[1], zip(min(values), max(values), strict=False))
@@ -404,15 +405,6 @@ class PagedSearch:
                 if len(self._seen) > before:
                     return True
         return False
-
-    def has(self, count: int) -> bool:
-        """Return True if the server gives more results than so many; False if it doesn't, or refuses the search."""
-        try:
-            return bool(self.page(1, count).rows) if self.paged else False
-        except Cancelled:
-            raise
-        except (DispatchError, RequestRefused):
-            return False
 
     def _by_date(self, count: int) -> Generator[Attributes, None, bool]:
         """Split the results by study date; return True if that brought all that have one."""

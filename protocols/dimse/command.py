@@ -46,9 +46,7 @@ class CommandSet(dict[int, bytes]):
         """Return the command set that differs in message ID and SOP instance UID only, in a context."""
         made = CommandSet(self)
         made[MESSAGE_ID], made[AFFECTED_INSTANCE] = message_id, instance
-        made.context, made.has_dataset = context, self.has_dataset
-        made.kind, made.sop_class = self.kind, self.sop_class
-        return made
+        return made._as_this(self, context)
 
     def counting(self, raw: bytes, begin: int, context: int) -> CommandSet | None:
         """Return the command set that differs in its counts only, which begin there; None if others stand there too."""
@@ -64,9 +62,13 @@ class CommandSet(dict[int, bytes]):
             if pos + length <= end:
                 made[element] = raw[pos : pos + length]
             pos += length
-        made.context, made.has_dataset = context, self.has_dataset
-        made.kind, made.sop_class = self.kind, self.sop_class
-        return made
+        return made._as_this(self, context)
+
+    def _as_this(self, other: CommandSet, context: int) -> CommandSet:
+        """Return itself, once what is asked of every command set is taken from another one that agrees in that."""
+        self.context, self.has_dataset = context, other.has_dataset
+        self.kind, self.sop_class = other.kind, other.sop_class
+        return self
 
     def number(self, element: int) -> int | None:
         """Return the value of an element of VR US; None if it is absent or not one."""

@@ -161,15 +161,21 @@ def raw_request(order: tuple[int, ...], sop_class: bytes, number: int, uid: byte
 PENDING = encoded({FIELD: 0x8010, RESPONDED_TO: 1, DATASET_TYPE: 0x0101, STATUS: 0xFF00, REMAINING: 7})
 
 
-def test_a_count_between_two_requests_costs_them_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some peers tell after each instance how many are left: the request before still serves to read the next one."""
-    walked: list[bytes] = []
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The command sets that are read element by element."""
+    found: list[bytes] = []
 
     def noted(raw: bytes, context: int = 0) -> command.CommandSet:
-        walked.append(raw)
+        found.append(raw)
         return decoded(raw, context)
 
     monkeypatch.setattr(command, "decoded", noted)
+    return found
+
+
+def test_a_count_between_two_requests_costs_them_nothing(walked: list[bytes]) -> None:
+    """Some peers tell after each instance how many are left: the request before still serves to read the next one."""
     commands = Commands()
     order = (AFFECTED_CLASS, MESSAGE_ID, AFFECTED_INSTANCE)
     raws = [raw_request(order, CT.encode(), number, b"1.2.3.%d" % number, False) for number in range(4)]
@@ -200,14 +206,7 @@ def test_counts_are_read_as_if_each_came_alone(made: list[tuple[int, list[tuple[
         assert (read.kind, read.has_dataset, read.sop_class) == (alone.kind, alone.has_dataset, alone.sop_class)
 
 
-def test_a_peer_that_counts_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    walked: list[bytes] = []
-
-    def noted(raw: bytes, context: int = 0) -> command.CommandSet:
-        walked.append(raw)
-        return decoded(raw, context)
-
-    monkeypatch.setattr(command, "decoded", noted)
+def test_a_peer_that_counts_is_read_once(walked: list[bytes]) -> None:
     commands = Commands()
     for left in range(9, -1, -1):
         tail = [(REMAINING, struct.pack("<H", left)), (COMPLETED, struct.pack("<H", 9 - left))]
