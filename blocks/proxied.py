@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
@@ -12,21 +13,31 @@ from blocks.fields import Group, about
 ENVIRONMENT = "environment"
 
 
-class Proxied(Target):
-    """What DICOMweb, S3 and XNAT targets have in addition to other targets."""
-
-    proxy: SecretStr = Field(
+def proxy_field(whose: str) -> Any:
+    """Return the field of a proxy; `whose` environment it may be taken from."""
+    return Field(
         default=SecretStr(""),
         description="HTTP proxy to use, as in http://user:password@proxy.example.org:3128; environment takes "
-        "HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the worker; empty for none.",
+        f"HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the {whose}; empty for none.",
         title="Proxy",
         json_schema_extra=about(Group.CONNECTION, advanced=True, placeholder="http://proxy.example.org:3128"),
     )
 
+
+class Proxied(Target):
+    """What DICOMweb, S3 and XNAT targets have in addition to other targets."""
+
+    proxy: SecretStr = proxy_field("worker")
+
     @field_validator("proxy")
     @classmethod
     def _proxy(cls, value: SecretStr) -> SecretStr:
-        return value if is_masked(value) else SecretStr(check_proxy(value.get_secret_value()))
+        return checked_proxy(value)
+
+
+def checked_proxy(value: SecretStr) -> SecretStr:
+    """Return the value of such a field, as `check_proxy` gives it, or masked as it is."""
+    return value if is_masked(value) else SecretStr(check_proxy(value.get_secret_value()))
 
 
 def check_proxy(value: str) -> str:

@@ -15,7 +15,7 @@ from blocks.base import CONTROL, ICONS, MASK, check_host, is_masked
 from blocks.credentials import checked_token
 from blocks.fields import SECONDS, Group, about
 from blocks.named import EMAIL, NamedBlock
-from blocks.proxied import check_proxy
+from blocks.proxied import checked_proxy, proxy_field
 
 LOGO = f"{ICONS}/rule.svg"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -192,13 +192,7 @@ class WebhookRule(Rule):
         title="Token",
         json_schema_extra=about(Group.SIGN_IN, advanced=True),
     )
-    proxy: SecretStr = Field(
-        default=SecretStr(""),
-        description="HTTP proxy to use, as in http://user:password@proxy.example.org:3128; environment takes "
-        "HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the server; empty for none.",
-        title="Proxy",
-        json_schema_extra=about(Group.CONNECTION, advanced=True, placeholder="http://proxy.example.org:3128"),
-    )
+    proxy: SecretStr = proxy_field("server")
     ca_cert: str = _authorities()
 
     @property
@@ -230,7 +224,7 @@ class WebhookRule(Rule):
     @field_validator("proxy")
     @classmethod
     def _proxy(cls, value: SecretStr) -> SecretStr:
-        return value if is_masked(value) else SecretStr(check_proxy(value.get_secret_value()))
+        return checked_proxy(value)
 
     @field_validator("token")
     @classmethod
