@@ -62,8 +62,8 @@ def fetch(
     for accept in asked:
         with service.session.request("GET", where, {"Accept": accept}) as answer:
             if answer.status in (200, 206):
-                if accept != forms[0]:
-                    forms.sort(key=lambda form: form != accept)
+                if accept != forms[0]:  # other threads read the list, which is empty while `sort` is at it
+                    forms[:] = sorted(forms, key=lambda form: form != accept)
                 yield from _contents(service, answer, where, pace)
                 if answer.status == 206 and len(uids) < len(LEVELS):  # PS3.18 table 10.4.3-1
                     raise Interrupted(f"{service.where}: the answer holds a part of the instances only (206)")

@@ -16,9 +16,10 @@ import pytest
 
 from imaging.query import Query
 from protocols.dicomweb import qido
+from protocols.dicomweb.wado_request import ACCEPTS, fetch
 from protocols.files import partial
 from talaria.testing import studies
-from tasks.dicomweb import retrieve
+from tasks.dicomweb import connect, retrieve
 from tests.servers.dicomweb import Reply, Request, Scripted, as_json
 from tests.targets.dicomweb import dicomweb_target
 from tests.targets.dicomweb_query.fetching import fetched, series_of
@@ -521,13 +522,39 @@ def test_retrieve_another_instance_than_asked_for(server: Scripted, tmp_path: Pa
 def test_retrieve_star_refused(server: Scripted, tmp_path: Path) -> None:
     """Servers that don't know `transfer-syntax=*` answer 406 to it."""
     hold(server, *series_of(2))
+    refuse_star(server)
+    assert fetched(server, tmp_path / "out").state is State.DELIVERED
+
+
+def refuse_star(server: Scripted) -> None:
     usual = server._usual
 
     def answer(request: Request) -> Reply:
         return Reply(406) if "transfer-syntax=*" in request.headers["accept"] else usual(request)
 
     server._usual = answer  # type: ignore[method-assign]
-    assert fetched(server, tmp_path / "out").state is State.DELIVERED
+
+
+def test_while_a_form_comes_first_no_other_thread_finds_none_to_ask_for(server: Scripted) -> None:
+    """It would take a series that it asked nothing of for one that has come."""
+    seen: list[int] = []
+
+    class Form(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __ne__(self, other: object) -> bool:
+            seen.append(len(forms))
+            return not self == other
+
+    forms: list[str] = [Form(one) for one in ACCEPTS]
+    study, series = studies.uid(56), studies.uid(56)
+    hold(server, *series_of(1, study=study, series=series))
+    refuse_star(server)
+    with connect(dicomweb_target(server.url)) as service:
+        for content in fetch(service, (study, series), int, forms):
+            assert b"".join(bytes(piece) for piece in content)
+    assert set(seen) == {len(ACCEPTS)} and forms[0] == ACCEPTS[1]
 
 
 def test_retrieve_busy(server: Scripted, tmp_path: Path) -> None:
