@@ -23,6 +23,7 @@ from protocols.dicomfolder.folder import DicomFolder, HeldInstance
 from protocols.files import filesystem as fs
 from protocols.files import partial
 from protocols.files.alike import same
+from protocols.files.durable import settle
 from protocols.files.incoming import PIECE_BYTES, Incoming, Place, Style
 from protocols.files.instances import held
 from protocols.files.tree import Tree, parent
@@ -296,6 +297,7 @@ def fetch(
                 "fetch",
             )
     plan = Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
+    settle(into, [item.path for item in items if report.arrived(plan, item)], report.check)
     if report.pausing.is_set():
         return Fetched(plan, 0, ())
     return Fetched(plan, *_compared(folder, seconds, folder.older, unique, into, report))

@@ -20,6 +20,7 @@ from protocols.dicomweb.service import Service
 from protocols.dicomweb.wado_request import ACCEPTS, NoService, Unable, fetch, spooled
 from protocols.files import partial
 from protocols.files.copies import Copies
+from protocols.files.durable import settle
 from protocols.files.instances import here
 from protocols.net.connection import SLICE_S
 from transfer.errors import (
@@ -138,6 +139,7 @@ class WadoRetrieval:
         for left in self._jobs:  # by a pause: whatever else is known of the series, it is not whole
             self.blind.add(left.series.uid)
             self.ended_well.discard(left.series.uid)
+        settle(self.folder, [item.path for item in self._here.values()], self.report.check)
         items = dict(self._here)
         if not self.report.pausing.is_set():
             self._conclude(items)

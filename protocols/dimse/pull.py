@@ -33,6 +33,7 @@ from protocols.dimse.series import PulledSeries
 from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.copies import Copies
+from protocols.files.durable import settle
 from protocols.files.instances import here
 from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 from transfer.fanout import gravest, in_threads
@@ -114,6 +115,7 @@ class Pull:
             self._copies.uids.add(uid)
             self._counts[series] += 1
             self.report(item, ALREADY)
+        settle(self.folder, [item.path for item in self._here.values()], self.report.check)  # a kill kept it from that
         for one in self.series:
             begun = bool(self._counts[one.uid]) or (self._far and self._parts(one.announced or 0) > 1)
             one.doubtful = begun and self._lacks(one)

@@ -28,17 +28,14 @@ from protocols.dimse.command import (
 )
 from protocols.dimse.message import C_STORE_RSP, HEADERS, IMPLEMENTATION_UID, IMPLEMENTATION_VERSION, NO_DATASET
 from protocols.dimse.stream import LARGE_BYTES, Stream, pdus
-from protocols.files import filesystem as fs
 from protocols.files import partial
-from protocols.files.durable import DurableFile, VolatileFile, way_of
+from protocols.files.durable import DurableFile, VolatileFile, settle, way_of
 from transfer.errors import DispatchError, Interrupted
 from transfer.plan import Item
-from transfer.spool import sync
 from transfer.throttle import Throttle
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 INVALID_INSTANCE, NOT_AUTHORISED = 0x0117, 0x0124  # PS3.7 Annex C
-FEW_FILES = 16  # which are flushed one by one
 UNLIMITED = Throttle(None)
 PIECES = 512  # that writev(2) gets at once; it takes 1024
 
@@ -232,20 +229,7 @@ class Depot:
         """
         with self._lock:
             files, self._unsettled = self._unsettled, []
-        if not files:
-            return
-        with partial.writing(self.folder):
-            # Waits for what other writers left too; still less than a commit of the journal for each file.
-            as_a_whole = len(files) >= FEW_FILES and fs.kind(self.folder) in fs.FLUSHED_AS_A_WHOLE
-            if as_a_whole and fs.flush_all(self.folder, check):
-                return
-            for name in files:
-                fd = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fdatasync(fd)
-                finally:
-                    os.close(fd)
-            sync(self.folder)
+        settle(self.folder, files, check)
 
 
 def receive(

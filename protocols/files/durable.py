@@ -12,13 +12,16 @@ In this order, so that nothing half written ever has a name:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
 
 from protocols.files import filesystem as fs
+from protocols.files import partial
 from protocols.files.partial import PartialFile
 from transfer.spool import sync
 
+FEW_FILES = 16  # which are flushed one by one
 AHEAD_BYTES = 1 << 17  # of a file that is still being written, which the disk gets at once
 # The same where other files keep the disk busy meanwhile: each piece is a call more, and nothing waits for less.
 SHARED_BYTES = 1 << 22
@@ -100,6 +103,34 @@ def way_of(folder: Path) -> type[DurableFile]:
     if kind in fs.NAMED_WITH_FILE and _can_write_back(folder):
         return OneCommit
     return DurableFile
+
+
+def settle(folder: Path, names: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
+    """Flush files that have got their names in a folder to disk, and the names with them.
+
+    Many are flushed at once, which costs one commit of the file system's journal.
+
+    Args:
+        check: called now and then; may raise to stop.
+
+    Raises:
+        DiskFull: the disk is full. Misconfigured: it can't be written to.
+    """
+    if not names:
+        return
+    with partial.writing(folder):
+        # Waits for what other writers left too; still less than a commit of the journal for each file.
+        as_a_whole = len(names) >= FEW_FILES and fs.kind(folder) in fs.FLUSHED_AS_A_WHOLE
+        if as_a_whole and fs.flush_all(folder, check):
+            return
+        for name in names:
+            check()
+            fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        sync(folder)
 
 
 def _can_write_back(folder: Path) -> bool:
