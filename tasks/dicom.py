@@ -314,9 +314,9 @@ def _prove(
         for uid in transaction.committed:
             left.pop(uid, None)
     if left:
-        silent = sum(not transaction.reported.is_set() for transaction in transactions)
-        why = "the report leaves them out"
-        if silent:
+        refused = "".join(transaction.refused for transaction in transactions)
+        why = refused or "the report leaves them out"
+        if not refused and not all(transaction.reported.is_set() for transaction in transactions):
             why = f"no report within {target.storage_commitment_wait_s:g} s"
             if listener is None:
                 why += " or before the association that it was to come on ended"

@@ -55,12 +55,14 @@ class Transaction:
         instances: SOP class by SOP instance UID.
         committed: the instances that the peer takes responsibility for.
         failed: failure reason (0008,1197) of those that it doesn't.
+        refused: why it takes none, though it has taken an earlier transaction.
     """
 
     instances: dict[str, str]
     uid: str = field(default_factory=lambda: str(generate_uid(prefix=None)))  # can't be guessed: 2.25 and a UUID
     committed: set[str] = field(default_factory=set)
     failed: dict[str, int] = field(default_factory=dict)
+    refused: str = ""
     reported: threading.Event = field(default_factory=threading.Event)
 
     def take(self, report: Dataset) -> None:
@@ -152,10 +154,11 @@ def commit(
         listener: where reports on new associations come in; None to wait on the same association only.
 
     Returns:
-        The transactions; those that were not reported on in time have `reported` unset.
+        The transactions; those that were not reported on in time have `reported` unset. Behind one that the peer
+        refuses, it is asked for no more.
 
     Raises:
-        CannotCommit: the peer doesn't support it, or doesn't answer the request.
+        CannotCommit: the peer doesn't support it, or doesn't answer the first request.
         Retryable: there is no association now. Cancelled: by `check`.
     """
     uids = list(instances)
@@ -165,13 +168,20 @@ def commit(
     for transaction in transactions:
         OPEN.add(transaction)
     try:
-        end = 0.0
+        end, asked = 0.0, list[Transaction]()
         for transaction in transactions:
             begun = time.monotonic()
-            _ask(peer, transaction, min(wait_s, LINGER_S) if listener else wait_s, check)
+            try:
+                _ask(peer, transaction, min(wait_s, LINGER_S) if listener else wait_s, check)
+            except CannotCommit as exc:
+                if not asked:
+                    raise
+                transaction.refused = str(exc)
+                break
+            asked.append(transaction)
             end = begun + wait_s
         if listener:
-            for transaction in transactions:
+            for transaction in asked:
                 _wait(transaction, end, check)
     finally:
         for transaction in transactions:

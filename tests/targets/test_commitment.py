@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from protocols.dimse import commitment
 from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.message import VERIFICATION
@@ -170,6 +171,27 @@ def test_partly_failed(anew: bool, plan: Plan) -> None:
         assert_proven(again)
         assert set(again.outcomes) == {plan.items[1].path}
         assert len(peer.commits[-1].uids) == 5
+
+
+@pytest.mark.parametrize("refusal", [0x0213, Abort()], ids=str)
+def test_what_a_peer_failed_stays_so_if_it_takes_no_more_transactions(
+    refusal: Script, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for thousands of instances at a time."""
+    monkeypatch.setattr(commitment, "BATCH", 2)
+    lost = uid(plan, 1)
+
+    def on_commit(commit: Commit) -> Script:
+        return [0, Report(failed={lost: 0x0112})] if lost in commit.uids else refusal
+
+    with scp(on_commit=on_commit) as peer:
+        sent = push(peer, plan)
+        assert sent.require().state is State.PARTIAL and sent.require().verified is Level.LISTED
+        assert set(sent.rejected) == {plan.items[1].path}
+        assert "not proven: storage commitment of 3 of 5 instances" in notes(sent)
+        assert len(peer.commits) == 2
+    if refusal == 0x0213:
+        assert "status 0213" in notes(sent)
 
 
 def test_a_failure_without_a_reason_is_one(plan: Plan) -> None:
