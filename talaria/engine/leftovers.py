@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from protocols.dicomfolder.indexes import clear_indexes
-from transfer import deadletters, nearby, uploads
+from transfer import deadletters, nearby, spool, unitlist, uploads
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import STAGED_BY, discard
+
+PART = re.compile(r"\..+\.\d+\.\d+|.+\.part")  # the name of a file as long as it is being written
+DEAD_S = 86_400.0  # nobody is still writing what was begun before
 
 
 def clear_staging(home: Home) -> int:
@@ -54,10 +58,23 @@ def forget(home: Home, age: float, open_runs: Collection[str], failed_age: float
         discard(home.root / "waiting")  # where an earlier Talaria had what runs left behind
         kept |= ledger.rests.runs()
         uploads.tidy(home, before, kept)
+        _clear_parts(home, now - DEAD_S)
         receipts = _forget_receipts(home, before, kept)
         kept |= {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
         _forget_retrievals(home, before, kept)
         return Forgotten(rows, receipts, clear_staging(home), clear_indexes(home.root, before))
+
+
+def _clear_parts(home: Home, before: float) -> None:
+    """Remove what processes that were killed had begun to write, where nobody takes its name again."""
+    places = (home.receipt("").parent, home.root / "checks")
+    lists = (home.root / unitlist.SOURCES).glob(f"*/{unitlist.BATCHES}")
+    reports = (home.root / spool.FOLDER / spool.REPORTS).glob("*")
+    for folder in (*places, *lists, *reports):
+        for path in folder.glob("*"):
+            with suppress(OSError):
+                if PART.fullmatch(path.name) and path.stat().st_mtime < before:
+                    path.unlink()
 
 
 def _forget_receipts(home: Home, before: float, kept: Collection[str]) -> int:
