@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import SecretStr, ValidationError
@@ -11,7 +10,7 @@ from pydantic import SecretStr, ValidationError
 from blocks import REFUSED, TYPES, Target
 from blocks.base import MASK
 from blocks.named import NamedBlock, check_name
-from talaria.configfile import SHOWN, document, filled
+from talaria.configfile import SHOWN
 from tasks.documents import Broken
 from transfer.errors import Misconfigured
 from transfer.validation import meant, what_is_wrong
@@ -19,15 +18,6 @@ from transfer.validation import meant, what_is_wrong
 B = TypeVar("B", bound=NamedBlock)
 # What Prefect adds to a block's own fields.
 _PREFECT = ("block_type_slug",)
-
-
-def read(path: Path) -> dict[str, Target]:
-    """Read the targets of a file, secrets filled in.
-
-    Raises:
-        Misconfigured: with a line for every target that is wrong, its name and the field.
-    """
-    return made_of(document(path), lambda name, values: make(name, values, path.parent), "target")
 
 
 def made_of(values: Mapping[Any, Any], make: Callable[[str, Any], B], word: str) -> dict[str, B]:
@@ -53,30 +43,19 @@ def made_of(values: Mapping[Any, Any], make: Callable[[str, Any], B], word: str)
     return found
 
 
-def make(name: str, values: Any, folder: Path = Path(), *, fill: bool = True) -> Target:
-    """Make a target from the values in a file.
-
-    Args:
-        folder: what relative `file:` paths are relative to.
-        fill: whether variables and files are still to be put in place of their names.
+def make(name: str, values: Any) -> Target:
+    """Make a target from the values in a file, in which variables and files are filled in.
 
     Raises:
         Misconfigured: with the field and the remedy; values are not repeated, they may be secrets.
     """
-    return entry(Target, TYPES, name, values, folder, fill=fill, refused=REFUSED)
+    return entry(Target, TYPES, name, values, refused=REFUSED)
 
 
 def entry(
-    kind: type[B],
-    types: Mapping[str, type[B]],
-    name: str,
-    values: Any,
-    folder: Path = Path(),
-    *,
-    fill: bool,
-    refused: Mapping[str, str] | None = None,
+    kind: type[B], types: Mapping[str, type[B]], name: str, values: Any, *, refused: Mapping[str, str] | None = None
 ) -> B:
-    """Make a target or a source from the values in a file; arguments and errors as of `make`.
+    """Make a target, a source or a rule from the values in a file; errors as of `make`.
 
     Args:
         kind: the common class of `types`, which are by name.
@@ -102,8 +81,6 @@ def entry(
         if field not in known:
             hint = meant(field, known) or f"`talaria {kind.seen_to_by or kind.word} types` lists the fields"
             raise Misconfigured(f"{what}: unknown field {field[:SHOWN]!r} of type {wanted}: {hint}")
-    if fill:
-        fields = {field: filled(value, f"{what}: {field}", folder) for field, value in fields.items()}
     try:
         return cls(**fields).named(name)
     except ValidationError as exc:

@@ -176,7 +176,7 @@ async def problems_of(office: Office, rule: Rule) -> list[str]:
 
 
 def _made(name: str, values: Any) -> Rule:
-    rule = entry(Rule, RULES, name, values, fill=False)
+    rule = entry(Rule, RULES, name, values)
     _check(rule)
     return rule
 

@@ -124,7 +124,7 @@ async def apply_sources(
     Args:
         beside: targets that are about to be saved: a look (`dry_run`) takes them for saved.
     """
-    wanted = made_of(sources, partial(entry, Source, SOURCES, fill=False), "source")
+    wanted = made_of(sources, partial(entry, Source, SOURCES), "source")
     there = await KEPT.all(office.client, used=wanted)
     actions = {name: action_for(source, there, replace=replace) for name, source in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from blocks import REFUSED, TYPES, Target
@@ -148,7 +147,7 @@ def made(values: dict[str, Any]) -> dict[str, Target]:
     Raises:
         Misconfigured: every target that is wrong, each in a line.
     """
-    return made_of(values, partial(make, fill=False), "target")
+    return made_of(values, make, "target")
 
 
 async def save_target(office: Office, target: Target, before: Target | None, change: str) -> None:

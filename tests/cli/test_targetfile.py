@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blocks.dicomweb import DicomWebTarget
-from talaria import targetfile
+from talaria import configfile, targetfile
 from transfer.errors import Misconfigured
 
 SECRET = "hunter2"
@@ -16,7 +16,7 @@ SECRET = "hunter2"
 def refused(path: Path, text: str) -> str:
     path.write_text(text)
     with pytest.raises(Misconfigured) as caught:
-        targetfile.read(path)
+        configfile.read_filled(path)
     words = str(caught.value)
     assert words.startswith(f"{path}: ") and "\n" not in words
     return words.removeprefix(f"{path}: ")
@@ -56,7 +56,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "targets.yaml"
     path.write_bytes(b"targets: \xff\xfe")
     with pytest.raises(Misconfigured, match="is not UTF-8 text"):
-        targetfile.read(path)
+        configfile.read_filled(path)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_variable_that_is_not_closed_or_not_named(
     text = f"targets:\n  files: {{type: sftp, host: h, user: u, folder: /x, password: '{value}'}}\n"
     (tmp_path / "targets.yaml").write_text(text)
     with pytest.raises(Misconfigured, match=r"target files: password: .*as in \$\{NAME\}") as caught:
-        targetfile.read(tmp_path / "targets.yaml")
+        configfile.read_filled(tmp_path / "targets.yaml")
     assert SECRET not in str(caught.value)
 
 
@@ -116,7 +116,7 @@ def test_every_target_that_is_wrong_is_named(tmp_path: Path) -> None:
         "  four: {type: dicom, hots: h}\n"
     )
     with pytest.raises(Misconfigured) as caught:
-        targetfile.read(path)
+        targetfile.made_of(configfile.read_filled(path), targetfile.make, "target")
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["target one", "target three", "target four"]
 

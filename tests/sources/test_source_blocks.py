@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from blocks import SOURCES, Source
 from blocks.fields import Group, ordered
 from blocks.inbox import InboxSource
-from talaria import configfile, targetfile
+from talaria import configfile
 from talaria.engine.batches import never_comes
 from talaria.targetfile import entry, field_names
 from transfer.errors import Misconfigured
@@ -38,13 +38,13 @@ def test_each_section_of_one_file_is_read_by_itself(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("KEY", SECRET)
     path = tmp_path / "all.yaml"
     path.write_text(WHOLE)
-    assert list(targetfile.read(path)) == ["pacs"]
+    assert list(configfile.read_filled(path)) == ["pacs"]
     sources = configfile.read_filled(path, "sources")
     assert sources["night"]["folder"] == "/data/ct"
     assert configfile.read_filled(path, "notify") == {
         "team": {"on": ["dispatch.failed"], "headers": {"Authorization": SECRET}}
     }
-    made = {name: entry(Source, SOURCES, name, values, fill=False) for name, values in sources.items()}
+    made = {name: entry(Source, SOURCES, name, values) for name, values in sources.items()}
     assert [one.type_name for one in made.values()] == ["inbox", "list"]
 
 
@@ -120,15 +120,15 @@ def test_a_list_that_can_not_be() -> None:
     values = {"type": "list", "file": "/data/todo.csv", "targets": ["pacs"]}
     for query, target in (("pacs", "pacs"), ("pacs", "dicom/pacs"), ("dicom/pacs", "pacs")):
         with pytest.raises(Misconfigured, match=f"source backlog: query: {query} is among the targets"):
-            entry(Source, SOURCES, "backlog", values | {"query": query, "targets": [target]}, fill=False)
+            entry(Source, SOURCES, "backlog", values | {"query": query, "targets": [target]})
     with pytest.raises(Misconfigured, match="normal or offpeak"):
-        entry(Source, SOURCES, "backlog", values | {"query": "other", "priority": "urgent"}, fill=False)
+        entry(Source, SOURCES, "backlog", values | {"query": "other", "priority": "urgent"})
     with pytest.raises(Misconfigured, match="copy_first: what is fetched"):
-        entry(Source, SOURCES, "backlog", values | {"query": "other", "copy_first": True}, fill=False)
+        entry(Source, SOURCES, "backlog", values | {"query": "other", "copy_first": True})
     with pytest.raises(Misconfigured, match="unknown field 'files' of type list: did you mean file"):
-        entry(Source, SOURCES, "backlog", {"type": "list", "files": SECRET, "targets": ["pacs"]}, fill=False)
+        entry(Source, SOURCES, "backlog", {"type": "list", "files": SECRET, "targets": ["pacs"]})
     with pytest.raises(Misconfigured, match="use at most 60 characters"):
-        entry(Source, SOURCES, "b" * 61, values, fill=False)
+        entry(Source, SOURCES, "b" * 61, values)
 
 
 @pytest.mark.parametrize("name", SOURCES)
