@@ -388,18 +388,18 @@ def test_what_a_killed_process_had_begun_to_write_goes(home: Home) -> None:
     """Not what may still be written: nobody is asked to wait for that."""
     folders = ("receipts", "checks", "sources/inbox/batches", "received/.reports/modalities")
     names = (".1f0.json.4711.140213", ".1f0.csv.4711.140213", "1f0.part")
-    for folder in folders:
-        (home.root / folder).mkdir(parents=True, exist_ok=True)
+    for place in folders:
+        (home.root / place).mkdir(parents=True, exist_ok=True)
         for name in names:
-            for path, days in ((home.root / folder / name, 2), (home.root / folder / name.replace("1f0", "2a1"), 0)):
+            for path, days in ((home.root / place / name, 2), (home.root / place / name.replace("1f0", "2a1"), 0)):
                 path.write_text("{")
                 os.utime(path, (time.time() - days * DAY_S,) * 2)
     whole = home.root / "received/.reports/modalities/3b2.json"
     whole.write_text("{}")
     os.utime(whole, (time.time() - 2 * DAY_S,) * 2)
     forget(home, 0, (), 0, 0)
-    young = {f"{folder}/{name.replace('1f0', '2a1')}" for folder in folders for name in names}
-    left = {str(path.relative_to(home.root)) for folder in folders for path in (home.root / folder).iterdir()}
+    young = {f"{place}/{name.replace('1f0', '2a1')}" for place in folders for name in names}
+    left = {str(path.relative_to(home.root)) for place in folders for path in (home.root / place).iterdir()}
     assert left == young | {str(whole.relative_to(home.root))}
 
 

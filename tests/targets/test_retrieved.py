@@ -1,4 +1,4 @@
-"""What a retrieval has brought is on disk when it ends, whatever it came from: its run notes the study as whole then."""
+"""What a retrieval has brought is on disk when it ends, whatever it came from: its study is noted as whole then."""
 
 from __future__ import annotations
 
