@@ -111,7 +111,7 @@ class Expected:
 
     def last_heard(self) -> float:
         """Return when something was last received."""
-        return self.depot.heard
+        return self.depot.last_heard()
 
 
 class MoveDesk:

@@ -73,6 +73,7 @@ class Depot:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._flushing = 0  # instances that are whole, and not durable yet
         self._unsettled: list[str] = []
         self._meta: dict[tuple[str, str, int], tuple[bytes, bytes]] = {}
         self.path = str(self.folder)
@@ -87,6 +88,10 @@ class Depot:
         if self._found_way is None:
             self._found_way = way_of(self.folder) if self.durable else VolatileFile
         return self._found_way
+
+    def last_heard(self) -> float:
+        """Return when something last came for it; now, while the disk takes its time with what has come."""
+        return time.monotonic() if self._flushing else self.heard
 
     def blank(self) -> DurableFile:
         """Return a file for an instance: one that was made before it came, if there is one.
@@ -156,8 +161,18 @@ class Depot:
             self._count(why)
             return NOT_AUTHORISED, None
         if self.durable:
-            self._name(part, uid)
+            self._flush(part, uid)
         return SUCCESS, header
+
+    def _flush(self, part: DurableFile, uid: str) -> None:
+        with self._lock:
+            self._flushing += 1
+        try:
+            self._name(part, uid)
+        finally:
+            with self._lock:
+                self._flushing -= 1
+            self.heard = time.monotonic()
 
     def _name(self, part: DurableFile, uid: str) -> None:
         try:

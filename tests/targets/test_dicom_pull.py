@@ -19,6 +19,7 @@ import pytest
 from blocks import TYPES
 from blocks.dicom import DicomTarget
 from imaging.query import Query
+from protocols.dimse import pull as pulls
 from protocols.dimse import scp
 from protocols.dimse.get import Retriever
 from protocols.dimse.moves import DESK, Expected, MoveDesk, Strangers
@@ -611,6 +612,38 @@ def test_a_move_that_is_answered_before_anything_is_sent(tmp_path: Path, port: i
         for thread in late:
             thread.join()
         assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_what_a_slow_disk_has_not_kept_yet_is_not_asked_for_again(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, go_on, keep = threading.Event(), threading.Event(), Depot._name
+    looks: list[int] = []
+
+    class Looking(PushReport):
+        def check(self) -> None:
+            looks.append(1) if answered.is_set() else None
+            if len(looks) > 12:  # longer than it waits for what may still come
+                go_on.set()
+
+    def slow(depot: Depot, part: Any, uid: str) -> None:
+        go_on.wait(60)
+        keep(depot, part, uid)
+
+    monkeypatch.setattr(pulls, "LATE_S", 0.1)
+    monkeypatch.setattr(Depot, "_name", slow)
+    with archive(study(2, 1), accept=only(GETS), ports={AET: port}) as peer:
+
+        def script(request: Request, found: list[Instance]) -> Steps:
+            threading.Thread(target=send_to, args=(peer, request, found), daemon=True).start()
+            until(lambda: DESK._expected and DESK._expected[0].depot._flushing)
+            answered.set() if len(peer.asked(MOVE)) == 1 else go_on.set()
+            return [Last(0, len(found), 0, 0)]
+
+        peer.on_move = script
+        receipt = pull(peer, tmp_path / "in", Looking())
+        assert receipt.state is State.DELIVERED and len(peer.asked(MOVE)) == 1
         assert_agrees(receipt, tmp_path / "in", peer)
 
 
