@@ -14,6 +14,8 @@ from uuid import UUID
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.objects import Artifact
 
 from imaging.query import counted
 from tasks.dispatch import kept
@@ -27,6 +29,7 @@ from transfer.tables import csv_text
 COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
 UNSEARCHED = "not searched for"
 NO_MATCH = "the source has no study that matches"
+TABLE = "retrieval"  # key of the artifact
 SHOWN_ROWS = 2000  # of the artifact; the files have all
 
 
@@ -156,9 +159,20 @@ async def report(client: PrefectClient, home: Home, job: Job, flow_run_id: str, 
     shown = every[:SHOWN_ROWS]
     about = f"retrieval from {source}: {state}; all of it: {path}"
     table = ArtifactCreate(
-        type="table", key="retrieval", description=about, data=json.dumps(shown), flow_run_id=UUID(flow_run_id)
+        type="table", key=TABLE, description=about, data=json.dumps(shown), flow_run_id=UUID(flow_run_id)
     )
-    await client.create_artifact(table)
+    made = await client.create_artifact(table)
+    for old in await _tables(client, flow_run_id) if has_run_before() else ():
+        if old.id != made.id:  # a list that waits for its source does so part after part, each with a table of all
+            await client.delete_artifact(old.id)
+
+
+async def _tables(client: PrefectClient, flow_run_id: str) -> list[Artifact]:
+    return await client.read_artifacts(
+        artifact_filter=ArtifactFilter(
+            flow_run_id=ArtifactFilterFlowRunId(any_=[UUID(flow_run_id)]), key=ArtifactFilterKey(any_=[TABLE])
+        )
+    )
 
 
 def part_of(job: Job, source: str) -> Part:

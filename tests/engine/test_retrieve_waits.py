@@ -64,6 +64,9 @@ def test_what_waits_goes_on_in_its_own_run_and_is_paused_resumed_and_delivered(u
         go_on(up, run_id)
         up.until(lambda: up.run(run_id)["state_type"] == "COMPLETED", 60)
         assert second != up.run(run_id)["state"]["id"]
+        asked = {"flow_run_id": {"any_": [run_id]}, "key": {"any_": ["retrieval"]}}
+        [table] = up.api("POST", "/artifacts/filter", artifacts=asked)  # not one of each part
+        assert {one["state"] for one in json.loads(table["data"])} == {"delivered"}
         ended = parts(up, run_id)
         assert {uid: one["id"] for uid, one in ended.items()} == {uid: one["id"] for uid, one in begun.items()}
         assert {one["state_type"] for one in ended.values()} == {"COMPLETED"}
