@@ -9,15 +9,17 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transfer.home import Home
-from transfer.ledger import noted, write_json
+from transfer.ledger import noted, write_whole
+
+STEPS_BYTES = 8 << 20  # of the file of steps, some ten thousand; then they become part of the state's file
 
 
 class Stage(StrEnum):
@@ -42,8 +44,10 @@ class Study:
         again: when that may go on, in seconds since the epoch; 0 if it does not wait.
         doubt: why more may belong to it than came; "" if nothing does.
         announced: how many instances the source says that are asked for of it; 0 if it doesn't.
+        changed: whether it has, since it was saved; the lists are replaced, never added to.
     """
 
+    changed: ClassVar[bool] = True
     study: str
     accession: str = ""
     stage: Stage = Stage.FOUND
@@ -57,6 +61,17 @@ class Study:
     again: float = 0.0
     doubt: str = ""
     announced: int = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        before = self.__dict__.get(name, ...)
+        super().__setattr__(name, value)
+        if before != value:
+            self.__dict__["changed"] = True
+
+    def saved(self) -> dict[str, Any]:
+        """Return its document, and count it as saved."""
+        self.__dict__["changed"] = False  # before: another thread may change it meanwhile
+        return {name: value for name, value in self.__dict__.items() if name != "changed"}
 
     @property
     def came_whole(self) -> bool:
@@ -95,6 +110,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._number = 0  # of the file of steps that belongs to the state's file
+        self._noting = False  # whether this object has begun it
 
     @classmethod
     def load(cls, home: Home, flow_run_id: str, accessions: tuple[str, ...]) -> Job:
@@ -102,8 +119,14 @@ class Job:
         folder = folder_of(home, flow_run_id)
         try:
             known: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+            number = known.pop("steps", 0)
+            for step in _steps(folder / f"steps.{number}"):
+                known["studies"] |= step.pop("studies")
+                known |= step
             studies = {uid: Study(**one | {"stage": Stage(one["stage"])}) for uid, one in known.pop("studies").items()}
-            return cls(folder, studies=studies, **known)
+            job = cls(folder, studies=studies, **known)
+            job._number = number
+            return job
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls(folder, pending=list(accessions))
 
@@ -114,20 +137,52 @@ class Job:
             LedgerFull: the disk of the state directory is full.
         """
         with self._lock, noted():
-            document = {
-                "pending": self.pending,
-                "missing": self.missing,
-                "unknown": self.unknown,
-                "failed": self.failed,
-                "searched": self.searched,
-                "error": self.error,
-                "ended": self.ended,
-                "since": self.since,
-                "next_study": self.next_study,
-                "spool": self.spool,
-                "studies": {uid: asdict(one) for uid, one in self.studies.items()},
-            }
-            write_json(self.folder / "job.json", document)
+            self._save()
+
+    def note(self) -> None:
+        """Save what has become of studies since the last time: of thousands, the whole state takes seconds.
+
+        Raises:
+            LedgerFull: the disk of the state directory is full.
+        """
+        with self._lock, noted():
+            if not self._noting:
+                self._save()
+                return
+            changed = {one.study: one.saved() for one in [*self.studies.values()] if one.changed}
+            self._noting = False  # until it is written: nothing is added behind a part of a line
+            line = json.dumps(self._course() | {"studies": changed}) + "\n"
+            with (self.folder / f"steps.{self._number}").open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fdatasync(file.fileno())
+                self._noting = file.tell() < STEPS_BYTES
+
+    def _save(self) -> None:
+        self._noting, number = False, self._number + 1
+        (self.folder / f"steps.{number}").unlink(missing_ok=True)  # of a state that was damaged
+        document = {
+            "steps": number,
+            "pending": self.pending,
+            "missing": self.missing,
+            "unknown": self.unknown,
+            "failed": self.failed,
+            **self._course(),
+            "studies": {one.study: one.saved() for one in [*self.studies.values()]},
+        }
+        write_whole(self.folder / "job.json", [json.dumps(document).encode()])
+        self._number, self._noting = number, True
+        (self.folder / f"steps.{number - 2}").unlink(missing_ok=True)  # who has just read the former state reads on
+
+    def _course(self) -> dict[str, Any]:
+        return {
+            "searched": self.searched,
+            "error": self.error,
+            "ended": self.ended,
+            "since": self.since,
+            "next_study": self.next_study,
+            "spool": self.spool,
+        }
 
     def again(self, numbers: Iterable[str] = ()) -> None:
         """Begin a run; after an earlier end, schedule everything that did not succeed once more.
@@ -179,6 +234,17 @@ class Job:
         delivered = all(one.stage is Stage.DELIVERED and not one.doubt for one in self.studies.values())
         rest = self.pending or self.missing or self.unknown or self.failed or self.error
         return delivered and bool(self.studies) and not rest
+
+
+def _steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what was noted since a state was saved, up to what a kill or a full disk has cut short."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            try:
+                step = json.loads(line)
+            except ValueError:
+                return
+            yield step
 
 
 def folder_of(home: Home, flow_run_id: str) -> Path:

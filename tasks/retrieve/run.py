@@ -153,7 +153,7 @@ class Retrieval:
                 except (DispatchCancelled, NoSlot):
                     self.job.next_study = paced  # it is still to come
                     continue
-                self.job.save()
+                self.job.note()
             if study.stage is Stage.WHOLE and not study.again:
                 self._begin_to_hand_on(study)
 
@@ -333,7 +333,7 @@ class Retrieval:
             except Exception as exc:  # what one study meets must not end the others
                 get_run_logger().exception("study %s could not be sent on", study.study)
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
-            self.job.save()
+            self.job.note()
             if study.stage is Stage.DELIVERED:
                 self._in_vain.clear()
                 await asyncio.to_thread(discard, folder)
@@ -347,7 +347,7 @@ class Retrieval:
 
         def begins(run_id: str) -> None:
             study.dispatch = run_id
-            self.job.save()
+            self.job.note()
 
         try:
             with running.part_of(self.flow_run_id), audited.on_behalf_of(self.who):
