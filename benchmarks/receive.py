@@ -3,14 +3,15 @@
     .venv/bin/python -m benchmarks.receive [--rounds 5] [--set small] [--associations 1] [--disk /var/tmp]
 
 Two anchors, `storescp --fork` as it comes, which parses and re-encodes what it gets, and with `+B`, which keeps bytes
-as Talaria does. Neither flushes anything; Talaria answers when data and name of a file are on disk. What that costs
-by itself is "writing alone": a process that writes, flushes and names as many files of this size, one behind the
-other in as many threads as there are associations, with nothing else to do; nobody who answers for each instance can
-be faster on this disk. The sender has its PDUs in memory and waits for each answer. Candidates take turns, ratios are
-those of a round; between two runs the folder is emptied and the disk has written what it holds. On a disk files are
-emptied and put aside, not removed: ext4 without a journal looks for inodes beside those that were given up in the
-last half minute, which took whoever came next up to 1 ms for each file. CPU is the receiver's, with all processes
-below it. Memory is what the listener and these take above what they took when nothing had come yet.
+as Talaria does. Neither flushes anything; Talaria answers when data and name of a file are on disk. What that costs by
+itself is "writing alone": a process that writes, flushes and names as many files of this size, one behind the other in
+as many threads as there are associations, with nothing else to do; nobody who answers for each instance can be faster
+on this disk. Over one association a bare loop (`benchmarks.bare`) does that with what comes over a connection. The
+sender has its PDUs in memory and waits for each answer. Candidates take turns, ratios are those of a round; between two
+runs the folder is emptied and the disk has written what it holds. On a disk files are emptied and put aside, not
+removed: ext4 without a journal looks for inodes beside those that were given up in the last half minute, which took
+whoever came next up to 1 ms for each file. CPU is the receiver's, with all processes below it. Memory is what the
+listener and these take above what they took when nothing had come yet.
 """
 
 from __future__ import annotations
@@ -273,6 +274,9 @@ def compare(name: str, associations: int, rounds: int, root: Path) -> None:
             "storescp --fork +B": candidate(kept, three),
             ALONE: partial(writing_alone, alone, associations, count, size),
         }
+        if associations == 1:
+            argv = [sys.executable, "-m", "benchmarks.bare", str(alone), str(count), str(size), "--kept"]
+            candidates["a bare loop, files kept"] = partial(run, argv)
         show(in_turn(candidates, rounds, clear), count * size, ("storescp --fork", "storescp --fork +B", ALONE))
 
 

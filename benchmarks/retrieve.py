@@ -4,9 +4,10 @@
 
 Two anchors: `getscu`, and `movescu` to `storescp --fork`, as they come, which parse and re-encode what they get; and
 with `+B`, which keeps bytes as Talaria does. "a bare loop" is what the kernel takes for as many bytes into as many
-files (`benchmarks.bare`): the limit of all of them. DCMTK's programs get PDUs as large as they take them, and no Nagle.
-Own CPU is that of the process, of `storescp` that of its children too. Candidates take turns, ratios are of a round.
-What is received goes to a file system in memory. Memory is what a retrieval takes above the idle process.
+files (`benchmarks.bare`): the limit of all of them; "files kept" is that with the calls by which Talaria names files.
+DCMTK's programs get PDUs as large as they take them, and no Nagle. Own CPU is that of the process, of `storescp` that
+of its children too. Candidates take turns, ratios are of a round. What is received goes to a file system in memory.
+Memory is what a retrieval takes above the idle process.
 """
 
 from __future__ import annotations
@@ -232,12 +233,14 @@ def compare(name: str, rounds: int, root: Path) -> None:
         get = partial(dcmtk, "getscu", port, "ANY-SCP", STUDY, "-od", str(folder))
         move = partial(dcmtk, "movescu", port, "ANY-SCP", STUDY)
         bare = partial(run, [sys.executable, "-m", "benchmarks.bare", str(folder), str(count), str(size)])
+        kept = partial(run, [*bare.args[0], "--kept"])
         scp = {"TALARIA_SCP_PORT": str(scp_port), "TALARIA_SCP_HOST": "127.0.0.1"}
         by_get = {
             "talaria, C-GET": partial(ours, "retrieve", port, folder, "ANY-SCP", 2, STUDY),
             "getscu": partial(program, get(), None, folder, count),
             "getscu +B": partial(program, get("+B"), None, folder, count),
             "a bare loop": bare,
+            "a bare loop, files kept": kept,
         }
         show(in_turn(by_get, rounds, clear), count * size, ("getscu", "getscu +B"))
         by_move = {
@@ -245,6 +248,7 @@ def compare(name: str, rounds: int, root: Path) -> None:
             "movescu to storescp": partial(program, move("-aem", "PLAIN"), plain_server, folder, count),
             "movescu to storescp +B": partial(program, move("-aem", "KEPT"), kept_server, folder, count),
             "a bare loop": bare,
+            "a bare loop, files kept": kept,
         }
         show(in_turn(by_move, rounds, clear), count * size, ("movescu to storescp", "movescu to storescp +B"))
 

@@ -33,7 +33,7 @@ from protocols.dimse.series import PulledSeries
 from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.copies import Copies
-from protocols.files.durable import settle
+from protocols.files.durable import VolatileFile, settle, way_of
 from protocols.files.instances import here
 from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 from transfer.fanout import gravest, in_threads
@@ -457,7 +457,8 @@ class Pull:
         whose, hosts = frozenset((self.peer.calling, self.peer.called)), addresses(self.peer.host, self.peer.port)
         at = self._destination.aet
         instances = frozenset(one.images) if one.images and one.all_listed else None
-        with self._depot(one, durable=True) as depot:
+        durable = way_of(self.folder) is not VolatileFile  # in memory there is nothing to answer later for
+        with self._depot(one, durable=durable) as depot:
             depot.throttle, depot.moved = self._throttle, self.report.moved
             begun = depot.heard
             for keys in self._requests(one, retriever):

@@ -26,9 +26,9 @@ from transfer.throttle import Throttle
 
 UNLIMITED = 1 << 18  # bytes of a PDU, to a peer that takes any
 LARGE_BYTES = 1 << 23  # of an instance
-# Bytes that are read at once: a CT of 512 x 512 pixels comes in two pieces; of a large instance, whose reading then
+# Bytes that are read at once: a CT of 512 x 512 pixels in one piece; of a large instance, whose reading then
 # takes a twelfth less CPU.
-BUFFERS = 272 << 10, 1 << 20
+BUFFERS = 544 << 10, 1 << 20
 MAX_COMMAND = 1 << 16  # bytes; command sets have some hundred
 MAX_IDENTIFIER = 1 << 20  # bytes; answers to C-FIND have some thousand
 MAX_LIST = 1 << 24  # bytes; UIDs of the instances that failed, 64 bytes each

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, 
 from tests.servers.steps import Abort, Silence
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
+from tests.targets.folder import ANOTHER_FILE_SYSTEM
 from tests.targets.pulling import (
     AET,
     GETS,
@@ -68,12 +70,15 @@ def pull(peer: Archive, folder: Path, report: PushReport | None = None, **settin
 
 
 @pytest.mark.parametrize("way", ["get", "move"])
-def test_everything_comes_and_the_choice_is_told(way: str, tmp_path: Path, port: int) -> None:
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_everything_comes_and_the_choice_is_told(way: str, where: str, tmp_path: Path, port: int) -> None:
     refused = GETS if way == "move" else ()
-    with archive(study(), accept=only(refused), ports={AET: port}) as peer:
-        receipt = pull(peer, tmp_path / "in")
+    with ExitStack() as ends:
+        peer = ends.enter_context(archive(study(), accept=only(refused), ports={AET: port}))
+        root = tmp_path if where == "disk" else Path(ends.enter_context(TemporaryDirectory(dir=ANOTHER_FILE_SYSTEM)))
+        receipt = pull(peer, root / "in")
         assert receipt.state is State.DELIVERED and receipt.verified is Level.LISTED
-        assert_agrees(receipt, tmp_path / "in", peer)
+        assert_agrees(receipt, root / "in", peer)
         [note] = receipt.notes
         assert (
             note
@@ -82,7 +87,7 @@ def test_everything_comes_and_the_choice_is_told(way: str, tmp_path: Path, port:
                 "move": f"retrieved by C-MOVE to {AET}: the peer does not accept C-GET",
             }[way]
         )
-        again = pull(peer, tmp_path / "in")
+        again = pull(peer, root / "in")
         assert again.counts[Kind.ALREADY] == 6 and len(peer.asked(GET if way == "get" else MOVE)) == 2
 
 
