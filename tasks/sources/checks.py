@@ -266,12 +266,16 @@ def not_mounted(path: str) -> str:
         there = {_unescaped(line.split()[4]) for line in MOUNTS.read_text(errors="surrogateescape").splitlines()}
     except OSError:
         return ""
-    planned = [_unescaped(line.split()[1]) for line in lines if len(line.split()) > 1 and not line.startswith("#")]
+    rows = [line.split() for line in lines]
+    named = [_unescaped(row[1]) for row in rows if len(row) > 1 and not row[0].startswith("#")]
+    planned = [f"/{os.path.normpath(one).strip('/')}" for one in named if one.startswith("/")]  # as mount(8) takes it
     real = resolved(path)
-    ways = [one for one in planned if one.startswith("/") and roots.is_in(real, one.rstrip("/") or "/")]
-    return next((one for one in ways if one not in there and one != "/"), "")
+    return next((one for one in planned if roots.is_in(real, one) and one not in there and one != "/"), "")
 
 
 def _unescaped(field: str) -> str:
     r"""Return a field of mountinfo or fstab, in which blanks are written as \040."""
-    return field.encode("utf-8", "surrogateescape").decode("unicode_escape") if "\\" in field else field
+    if "\\" not in field:
+        return field
+    raw = field.encode("utf-8", "surrogateescape").decode("unicode_escape").encode("latin-1")
+    return raw.decode("utf-8", "surrogateescape")

@@ -212,6 +212,9 @@ def test_a_share_that_is_not_mounted(place: Place, tmp_path: Path, monkeypatch: 
     mounts.write_text(f"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:9 / {share} rw shared:1 - nfs4 server:/export rw\n")
     monkeypatch.setattr(checks, "MOUNTS", mounts)
     assert wrong(place, inbox(place)) == []
+    for written in (f"{share}/", f"/{share}", share.replace("/in", "//in/.")):  # mount(8) takes them all
+        planned.write_text(f"  # old: /\nserver:/export {written} nfs defaults 0 0\nnone swap swap sw 0 0\n")
+        assert wrong(place, inbox(place)) == []
     assert checks.mounted_at(place("in/below")) == f"nfs4 server:/export {place('in')}"
     planned.write_text("")
     mounts.write_text("1 0 8:1 / / rw - ext4 /dev/sda1 rw\n")
