@@ -18,6 +18,7 @@ from blocks.fields import BYTES, SECONDS, Group, about
 from blocks.source import After, Leaving, Source, checked_names
 
 MOST_ASSOCIATIONS = 64  # at once, unless the source says otherwise
+MAPPED_BITS = 96  # before an address of IPv4 in one of IPv6 (RFC 4291, section 2.5.5.2)
 MOST_OPEN_S = 43_200  # half a day: the longest examination, and a slow line, are shorter
 
 
@@ -57,10 +58,12 @@ class AllowedPeer(BaseModel):
         value = value.strip()
         if "/" in value:
             try:
-                return str(ipaddress.ip_network(value, strict=False))
+                return _as_seen(ipaddress.ip_network(value, strict=False))
             except ValueError as exc:
                 raise ValueError(f"{value!r} is not a network: write it as in 10.1.0.0/16") from exc
-        return check_host(value) if value else ""
+        host = check_host(value) if value else ""
+        mapped = ipaddress.IPv6Address(host).ipv4_mapped if ":" in host else None
+        return str(mapped or host)
 
 
 class Route(BaseModel):
@@ -274,6 +277,15 @@ router = DicomSource.load("BLOCK_NAME")
         if self.ca_cert and not self.tls_cert:
             raise ValueError("ca_cert is set without tls_cert: only TLS has certificates to check")
         return self
+
+
+def _as_seen(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> str:
+    """Return a network as senders are seen in it: those of IPv4 as such, also where it is written as one of IPv6."""
+    first = network.network_address
+    mapped = first.ipv4_mapped if isinstance(first, ipaddress.IPv6Address) else None
+    if mapped is None or network.prefixlen < MAPPED_BITS:
+        return str(network)
+    return f"{mapped}/{network.prefixlen - MAPPED_BITS}"
 
 
 def _alike(text: str) -> str:

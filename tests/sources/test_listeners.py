@@ -143,6 +143,17 @@ def test_an_address_that_means_another_one_is_refused(host: str, good: bool) -> 
 
 
 def test_routes_by_titles() -> None:
+@pytest.mark.parametrize(
+    ("host", "seen"),
+    [("::ffff:10.1.2.3", "10.1.2.3"), ("[::FFFF:a01:203]", "10.1.2.3"), ("::ffff:10.1.0.0/112", "10.1.0.0/16"),
+     ("fe80::1%eth0", "fe80::1%eth0"), ("2001:db8::7", "2001:db8::7"), ("2001:db8::/32", "2001:db8::/32"),
+     ("::/0", "::/0"), ("10.1.2.3", "10.1.2.3"), ("", "")],
+)  # fmt: skip
+def test_a_peer_is_named_as_it_is_seen(host: str, seen: str) -> None:
+    (peer,) = source("ct", 104, peers=[{"host": host}]).peers
+    assert peer.host == seen
+
+
     route = Route(targets=["a"], calling="CT*", called="ROUTER")
     assert route.fits_titles("CT1", "ROUTER")
     assert not route.fits_titles("CT1", "OTHER") and not route.fits_titles("MR1", "ROUTER")
