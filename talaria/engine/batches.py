@@ -37,6 +37,7 @@ from tasks.sources.saved import KEPT
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
 SLUG = "talaria"  # of the schedule that a source gives, among those of its deployment
+CRON_FIELDS = 5  # croniter takes a sixth behind them, for seconds, which others put first
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
@@ -196,7 +197,7 @@ def never_comes(source: Source) -> str:
     """Return why the schedule of a source begins nothing, in a sentence; "" if it does, or there is none.
 
     As of a date that no year has, or a COUNT or UNTIL that is over: without DTSTART, Prefect counts from 2020 on. It
-    may take seconds, and runs in a thread of its own.
+    may take seconds, and runs in a thread of its own. A cron of more than five fields comes, but not when it is meant.
     """
     from prefect.server.schemas import schedules
 
@@ -207,6 +208,9 @@ def never_comes(source: Source) -> str:
                 continue
         except ValueError:
             if source.rrule:  # UTC in UNTIL, and not in what it counts from
+    if len(source.cron.split()) > CRON_FIELDS:
+        five = "minute, hour, day, month, day of the week, as in 0 2 * * *"
+        return f"{source.cron}: a sixth field would be the second, and * in it a sweep each second: write five: {five}"
                 return f"{source.rrule}: write its times without Z: they are those of the source's timezone"
         hint = ", or give it a DTSTART from which it counts" if "COUNT" in source.rrule.upper() else ""
         return f"{source.cron or source.rrule}: there is no such time from now on: correct it{hint}"

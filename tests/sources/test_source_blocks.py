@@ -99,6 +99,8 @@ def test_an_inbox_keeps_what_it_is_given() -> None:
     ("when", "why"),
     [
         ({"cron": "0 2 * * *"}, ""),
+        ({"cron": "@daily"}, ""),
+        ({"cron": "0 0 2 * * *"}, "write five: minute, hour"),
         ({"cron": "0 0 30 2 *"}, "no such time from now on: correct it"),
         ({"interval_s": 300}, ""),
         ({"rrule": "FREQ=WEEKLY;BYDAY=SA;BYHOUR=3"}, ""),
