@@ -45,6 +45,7 @@ from protocols.dimse.message import NO_DATASET
 from protocols.dimse.stream import pdus
 from protocols.dimse.transport import Peer
 from protocols.net import tls
+from transfer.database import LOST
 from transfer.errors import Cancelled, DispatchError
 from transfer.oserrors import words_of
 from transfer.spool import sync
@@ -88,7 +89,7 @@ class Commitments:
     """Serves the requests of one association.
 
     Args:
-        holds: returns which instances (SOP class by UID) are kept.
+        holds: returns which instances (SOP class by UID) are kept; raises one of `LOST` if nobody knows now.
         folder: where reports wait that go to an association of their own.
         has_room: whether its disk has room for one more.
     """
@@ -117,8 +118,12 @@ class Commitments:
         status, transaction, instances = self._read(association, request)
         report = {}
         if status == 0:
-            report = _outcome(transaction, instances, self._holds(instances))
-            if self._to.port and not self._is_put(report):
+            try:
+                report = _outcome(transaction, instances, self._holds(instances))
+            except LOST as exc:  # none of them is known to be lost: the sender is to ask again, not to send again
+                logger.warning("nobody knows now what %s may delete: %s", self._to.called, exc)
+                status = RESOURCE_LIMITATION
+            if status == 0 and self._to.port and not self._is_put(report):
                 status = RESOURCE_LIMITATION
         answer: dict[int, int | str | bytes] = {
             AFFECTED_CLASS: PUSH_MODEL,

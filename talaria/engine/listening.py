@@ -140,18 +140,23 @@ class _Watch:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def targets(self) -> dict[str, Target]:
-        """Return the targets as they are saved now, by name; nothing if the server is away. For other threads."""
+        """Return the targets as they are saved now, by name. For other threads.
+
+        Raises:
+            Busy: the server is away.
+        """
         from blocks import Target
         from tasks.targets import TARGETS
+        from transfer.errors import Busy
 
+        if self._client is None or self._loop is None:
+            raise Busy("the Prefect server has not been asked yet")
         try:
-            if self._client is None or self._loop is None:
-                return {}
             asking = asyncio.run_coroutine_threadsafe(TARGETS.all(self._client), self._loop)
             return {one.name: one for one in asking.result(ASK_S) if isinstance(one, Target)}
-        except Exception:  # then nothing counts as delivered: the sender keeps it, and asks again
+        except Exception as exc:
             logger.exception("the targets can't be read")
-            return {}
+            raise Busy("the Prefect server does not say which targets there are") from exc
 
     async def run(self) -> None:
         from prefect import get_client

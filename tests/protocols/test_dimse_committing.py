@@ -116,6 +116,28 @@ def test_the_report_comes_on_the_same_association(tmp_path: Path) -> None:
     assert modality.events == [2, 1]
 
 
+@pytest.mark.parametrize("error", [Unreachable("the server is away"), OSError(5, "Input/output error")])
+def test_who_asks_while_nobody_knows_is_to_ask_again(tmp_path: Path, error: Exception) -> None:
+    """That an instance is lost is not said of one that was delivered, while the Prefect server restarts."""
+    modality = Modality()
+
+    def away(*asked: Any) -> set[str]:
+        raise error
+
+    with listening(tmp_path / "home") as there:
+        assoc = modality.associate(there.port)
+        here, arrived, delivered = stored(assoc), studies.uid(), there.reception._delivered
+        there.delivered.add(arrived)
+        there.reception._delivered = away
+        assert ask(assoc, request(here, arrived)) == committing.RESOURCE_LIMITATION
+        assert ask(assoc, request(here)) == 0, "what lies on the disk is known"
+        there.reception._delivered = delivered
+        assert ask(assoc, request(here, arrived)) == 0
+        until(lambda: len(modality.reports) == 2)
+        assoc.release()
+    assert [uids(one, "ReferencedSOPSequence") for one in modality.reports] == [{here}, {here, arrived}]
+
+
 def test_the_report_comes_on_a_new_association_where_the_sender_listens(tmp_path: Path) -> None:
     modality, port = Modality(), free_port()
     with (

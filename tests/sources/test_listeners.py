@@ -32,6 +32,7 @@ from tests.protocols.test_dimse_intake import associated, sent, stored
 from tests.servers.certificates import Authority
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
+from transfer.errors import Busy
 from transfer.home import Home
 from transfer.receipt import State
 from transfer.spool import ReceivedUnit
@@ -142,7 +143,6 @@ def test_an_address_that_means_another_one_is_refused(host: str, good: bool) -> 
                 made()
 
 
-def test_routes_by_titles() -> None:
 @pytest.mark.parametrize(
     ("host", "seen"),
     [("::ffff:10.1.2.3", "10.1.2.3"), ("[::FFFF:a01:203]", "10.1.2.3"), ("::ffff:10.1.0.0/112", "10.1.0.0/16"),
@@ -154,6 +154,7 @@ def test_a_peer_is_named_as_it_is_seen(host: str, seen: str) -> None:
     assert peer.host == seen
 
 
+def test_routes_by_titles() -> None:
     route = Route(targets=["a"], calling="CT*", called="ROUTER")
     assert route.fits_titles("CT1", "ROUTER")
     assert not route.fits_titles("CT1", "OTHER") and not route.fits_titles("MR1", "ROUTER")
@@ -337,7 +338,7 @@ def watching(listeners: Listeners) -> engine._Watch:
 def test_associations_ask_for_the_targets_as_they_are_now(
     listeners: Listeners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From threads of their own; whom nobody can name now has confirmed nothing."""
+    """From threads of their own; that nobody can name them now says nothing of what they have confirmed."""
     watch, saved = watching(listeners), [FolderTarget(folder="/data").named("archive"), object()]
 
     async def every(client: Any) -> list[Any]:
@@ -346,14 +347,16 @@ def test_associations_ask_for_the_targets_as_they_are_now(
         return saved
 
     monkeypatch.setattr("tasks.targets.TARGETS.all", every)
-    assert watch.targets() == {}  # it has not begun
+    with pytest.raises(Busy, match="has not been asked"):  # it has not begun
+        watch.targets()
 
     async def ask() -> None:
         watch._client, watch._loop = cast("Any", object()), asyncio.get_running_loop()
         found = await asyncio.to_thread(watch.targets)
         assert set(found) == {"archive"}
         saved.clear()
-        assert await asyncio.to_thread(watch.targets) == {}
+        with pytest.raises(Busy, match="does not say which targets there are"):
+            await asyncio.to_thread(watch.targets)
 
     asyncio.run(ask())
 
