@@ -36,6 +36,7 @@ WRITTEN = "it is still open for writing"
 OUTSIDE = "it lies outside the source's folder"
 MOST_NAMES = 1000  # tried for a file whose name is taken where it is moved to
 NAMED = 3  # files that a sentence names
+PERMISSIONS = 0o777
 _NAME_BYTES = 255
 
 
@@ -250,7 +251,9 @@ def _put_back(folder: int, taken: str, name: str) -> None:
 
 def _move(folder: int, taken: str, tree: Tree, final: str) -> None:
     """Move a file into a tree; what has its name there stays, unless it has the same content."""
-    tree.make_folders(parent(final))
+    for made in tree.make_folders(parent(final)):
+        with suppress(OSError):  # a share that knows no permissions
+            tree.own_folder(made, os.fstat(tree.fd).st_mode & PERMISSIONS, None)
     stem, dot, suffix = final.rpartition(".") if "." in final.rpartition("/")[2] else (final, "", "")
     fd = os.open(taken, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
@@ -284,6 +287,10 @@ def _placed(fd: int, folder: int, taken: str, tree: Tree, place: str) -> bool:
     try:
         with tree.opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as writer:
             copy_bytes(fd, writer)
+            with suppress(OSError):
+                os.fchmod(writer, info.st_mode & PERMISSIONS)
+            with suppress(OSError):  # only root gives files to others, and their users to groups of their own
+                os.fchown(writer, -1, info.st_gid)
             os.utime(writer, ns=(info.st_atime_ns, info.st_mtime_ns))
             os.fsync(writer)
             if not same_content(fd, writer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -563,6 +564,35 @@ def test_moved_files_keep_what_is_there(bench: Bench, layout: str) -> None:
     assert (place / path.name).read_bytes() == b"somebody else's"
     (other,) = [one for one in place.iterdir() if one.name != path.name]
     assert other.read_bytes() == data and other.stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["same file system", "another one"])
+def test_who_could_read_a_file_can_read_it_where_it_was_moved_to(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, other: bool
+) -> None:
+    """Whatever the umask of the worker is, which systemd's unit sets to 0077."""
+    sent, link = bench.folder / "sent", os.link
+    sent.chmod(0o750)
+    bench.source = bench.named(after="move", move_to=str(sent), move_layout="{StudyInstanceUID}/files")
+    path = material.dicom(bench.inbox / "s" / "a.dcm", study="1.2.3")
+    path.chmod(0o444)
+    data, time_ns = path.read_bytes(), path.stat().st_mtime_ns
+
+    def linking(source: Any, name: Any, **folders: Any) -> None:
+        if other and str(source).startswith(after.TAKEN) and folders["src_dir_fd"] != folders["dst_dir_fd"]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        link(source, name, **folders)
+
+    monkeypatch.setattr(os, "link", linking)
+    before = os.umask(0o077)
+    try:
+        bench.all()
+    finally:
+        os.umask(before)
+    place = sent / "1.2.3" / "files" / "a.dcm"
+    assert not names(bench.inbox) and names(sent) == {"1.2.3/files/a.dcm"}
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (place, place.parent, sent / "1.2.3")] == [0o444, 0o750, 0o750]
+    assert place.read_bytes() == data and place.stat().st_mtime_ns == time_ns
 
 
 @pytest.mark.parametrize("unit", ["study", "series"])
