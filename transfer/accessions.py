@@ -30,7 +30,7 @@ _TWO_WORDS = re.compile(
     r"^[\s\"']*(accession|acc\.?)[ _\u00a0]+(numbers?|no\.?|nr\.?|id|#)[\"']?[^\S\n\r]*(?::|(?=[\n\r,;\t])|\Z)",
     re.IGNORECASE | re.MULTILINE,
 )
-_SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
+SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
 _RULE = re.compile(r"(?m)^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:[|+][-:+| \t]*)\r?$")  # below the titles of a table in text
 _ROWS = re.compile(r"(?m)^\(\d+ rows?\)\r?$")  # the last line of one that a database prints
 _COUNTED = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+(?=\S)")  # what stands before each line of a numbered list
@@ -55,7 +55,7 @@ def accessions(text: str) -> tuple[str, ...]:
             longer one (1.23E+11); or the text is a table that doesn't say which column is meant.
         NoNumbers: there is a title alone, or signs: a search without numbers would find everything.
     """
-    text = _BLANK_LINES.sub("", _SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff"))))
+    text = _BLANK_LINES.sub("", SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff"))))
     if "|" in text and _RULE.search(text):  # as wikis and databases print tables
         text = "\n".join(
             line.strip().strip("|").replace("|", "\t") for line in _ROWS.sub("", _RULE.sub("", text)).splitlines()

@@ -19,7 +19,7 @@ from blocks.list_source import ListSource
 from tasks.sources.units import Unit
 from tasks.sources.writers import is_written
 from transfer import roots
-from transfer.accessions import BOMS, NoNumbers, accessions, of_cells, text_of
+from transfer.accessions import BOMS, SEPARATOR, NoNumbers, accessions, of_cells, text_of
 from transfer.columns import DoubtfulColumn
 from transfer.errors import Busy, Denied, DispatchError, Misconfigured
 from transfer.ledger import Ledger
@@ -130,6 +130,7 @@ def _column(text: str, source: ListSource) -> list[str]:
     if not source.column and not source.file.lower().endswith((".csv", ".tsv")):
         found = (line.strip(BLANKS) for line in ENDS.split(text))
         return [line for line in found if line and not line.startswith("#")]
+    text = SEPARATOR.sub("", text)
     first = ENDS.split(text.lstrip(), maxsplit=1)[0]
     delimiter = max(";\t,", key=first.count)
     try:

@@ -117,6 +117,8 @@ def test_paths_with_names_of_any_kind(tmp_path: Path, name: str) -> None:
         ("a.csv", "path;note\n/a;x\n/b;y\n", {}, ["/a", "/b"]),
         ("a.csv", "/a,x\n/b,y\n", {}, ["/a", "/b"]),
         ("a.csv", '\ufeffid,"where it is"\n1,"/a, b"\n2,/c\n3\n', {"column": "where it is"}, ["/a, b", "/c"]),
+        ("a.csv", "sep=;\r\npath;note\r\n/a;x\r\n", {}, ["/a"]),
+        ("a.csv", '\ufeff"sep=;"\nid;where\n1;/a\n', {"column": "where"}, ["/a"]),
         ("a.txt", "id\tpath\n1\t/a\n", {"column": "path"}, ["/a"]),
         ("a.csv", "Patient;Path\nDOE^J;/a\nROE^J;/b\n", {}, ["/a", "/b"]),
         ("a.csv", "DOE^J,,/a\nROE^J,x,/b\n", {}, ["/a", "/b"]),
