@@ -23,7 +23,7 @@ from tasks.sources import writers
 from tasks.sources.inbox import MARKER, TAKEN
 from transfer import roots
 from transfer.beneath import FOLDER, PATH_ONLY, above
-from transfer.content import copy_bytes, same_content
+from transfer.content import copy_bytes, same_content, sha256
 from transfer.fingerprint import Fingerprint
 from transfer.layout import names
 from transfer.oserrors import passes, words_of
@@ -322,6 +322,19 @@ def _clear(root: int, inside: str) -> None:
             for one in files:
                 Path(below, one).unlink()
             Path(below).rmdir()
+
+
+def holds(there: tuple[int, int, str] | None, one: FileFacts) -> bool:
+    """Return True if a target is known to hold what a file has: by its sum, where another dispatch brought it."""
+    if there is None or there[:2] != (one.size, one.mtime_ns):
+        return False
+    if not there[2]:
+        return True
+    try:
+        with open(one.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
+            return sha256(file.fileno()) == there[2]
+    except OSError:
+        return False
 
 
 def is_folder(unit: ListedUnit) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import time
 import uuid
 from collections import defaultdict
@@ -27,12 +26,11 @@ from tasks import DRIVERS
 from tasks.dispatch.known import is_own_place
 from tasks.happened import happened
 from tasks.names import split
-from tasks.sources import after, inbox, units, writers
+from tasks.sources import after, again, inbox, units, writers
 from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun, failure
 from transfer import unitlist
 from transfer.accessions import pasted
-from transfer.content import sha256
 from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -164,15 +162,20 @@ class Sweep:
         if end.gone:  # its run was removed: what has arrived is in the ledger, the rest is dispatched again
             self.book.forget(self.source.name, [row.unit for row in rows])
             return
-        arrived, failed = [], []
+        arrived, failed, new = list[UnitRow](), list[UnitRow](), list[UnitRow]()
         for row in rows:
-            why = failure(end.study(row.unit), end.message)
-            if why:
-                failed.append(row.now(UnitState.FAILED, why))
-            else:
-                arrived.append(row.now(UnitState.DELIVERED))
+            study, (mark, tries) = end.study(row.unit), again.parted(row.fingerprint)
+            why, is_first = failure(study, end.message), row.state is not UnitState.FAILED
+            if not why:
+                arrived.append(row.now(UnitState.DELIVERED, fingerprint=mark))
+            elif is_first and tries < again.MOST and again.may_pass(study, units.root(self.source)):
+                once_more = again.marked(mark, tries + 1)
+                failed.append(row.now(UnitState.FAILED, f"{why}; {again.WORDS}", fingerprint=once_more))
+                new += [] if tries else failed[-1:]
+            elif is_first or not tries:
+                failed.append(row.now(UnitState.FAILED, why, fingerprint=mark))
+                new += failed[-1:] if is_first else []
         self.book.save(self.source.name, [*failed, *arrived])
-        new = [one for one in failed if any(row.unit == one.unit and row.state is not one.state for row in rows)]
         if new:
             self.done.counts[UnitState.FAILED] += len(new)
             count = "1 unit was" if len(new) == 1 else f"{len(new)} units were"
@@ -295,7 +298,7 @@ class Sweep:
             what = str(study["dispatch_id"]), name, target.endpoint_for(origin)
             held.append(self.ledger.arrived(*what, own_place=is_own_place(target, DRIVERS.of(target).facts)))
         shown = after.shown_in(unit)
-        return lambda one: bool(held) and all(_holds(there.get(shown(one.path)), one) for there in held)
+        return lambda one: bool(held) and all(after.holds(there.get(shown(one.path)), one) for there in held)
 
     # ---- what is there
 
@@ -317,6 +320,10 @@ class Sweep:
                 if row and (row.fingerprint == unit.fingerprint or unit.key in self._open):
                     continue
                 coming.add(unit.key)
+                unread = row if row and again.parted(row.fingerprint)[0] == unit.fingerprint else None
+                if unread and unread.time <= now < unread.time + AGAIN_S:
+                    self._wait(unread.time + AGAIN_S)
+                    continue
                 if unit.ahead and not self._has_stayed(unit, row, now):
                     if row is None or row.fingerprint != f"{unit.fingerprint}{AHEAD}" or row.time > now:
                         marked = replace(unit, fingerprint=f"{unit.fingerprint}{AHEAD}")
@@ -344,7 +351,8 @@ class Sweep:
                 key = unit.targets, unit.origin, policy is Late.RESEND
                 batch = open_.get(key) or open_.setdefault(key, self._batch(*key))
                 batch.writer.add(listed)
-                batch.rows.append(self._row(unit, UnitState.DISPATCHED, "", batch.mark))
+                made = self._row(unit, UnitState.DISPATCHED, "", batch.mark)
+                batch.rows.append(replace(made, fingerprint=unread.fingerprint) if unread else made)
                 if len(batch.rows) >= FLOOD:
                     whole.append(self._close(open_.pop(key)))
             whole += [self._close(one) for one in open_.values()]
@@ -477,16 +485,3 @@ class Sweep:
     def _stuck(self, words: str, key: str, rows: Collection[UnitRow]) -> None:
         about = {"source": self.source.name, "units": len(rows)}
         happened(self.ledger, "source.stuck", about, f"{self.source.name}/{key}" if key else "", words)
-
-
-def _holds(there: tuple[int, int, str] | None, one: FileFacts) -> bool:
-    """Return True if a target is known to hold what a file has: by its sum, where another dispatch brought it."""
-    if there is None or there[:2] != (one.size, one.mtime_ns):
-        return False
-    if not there[2]:
-        return True
-    try:
-        with open(one.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
-            return sha256(file.fileno()) == there[2]
-    except OSError:
-        return False

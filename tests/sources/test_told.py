@@ -15,10 +15,11 @@ import pytest
 from blocks.inbox import InboxSource
 from talaria.service import sources
 from talaria.testing import studies as material
-from tasks.sources import inbox
+from tasks.sources import again, inbox, sweep
 from tests.sources.bench import Bench
 from transfer.errors import NotFound
 from transfer.ledger import Ledger
+from transfer.plan import Plan
 
 STRANGE = ("Muster\u3000Taro/a.dcm", "M\udcfcller/b.dcm", "no\u00a0break.dcm", "no\udca0break.dcm", "a\\x20b/c\nd.dcm")
 
@@ -242,3 +243,54 @@ def test_a_share_that_goes_in_the_midst_of_a_sweep_ends_it(bench: Bench, monkeyp
     with pytest.raises(NotFound, match="no such file or folder"):
         bench.sweep()
     assert not bench.asked and not bench.rows()
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+@pytest.mark.parametrize("what", ["a file", "all"])
+def test_what_could_not_be_read_while_it_was_sent_is_sent_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str, what: str
+) -> None:
+    """A share that hung for a moment left all that was under way to somebody's `source retry`."""
+    bench.source = bench.named(unit=unit, after="delete")
+    material.ct(bench.inbox / "s", 3)
+    descriptor, away = Plan.descriptor, [True]
+
+    def opened(self: Plan, item: Any, *flags: int) -> int:
+        if away[0] and (what == "all" or item.path.endswith("1.dcm")):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return descriptor(self, item, *flags)
+
+    monkeypatch.setattr(Plan, "descriptor", opened)
+    done = bench.all()
+    ((key, row),) = bench.rows().items()
+    assert row.state == "failed" and os.strerror(errno.ESTALE) in row.detail and row.detail.endswith(again.WORDS)
+    assert done.waiting == 1 and done.next > time.time() + 60 and told(bench) == 1 and not bench.asked
+    monkeypatch.setattr(sweep, "AGAIN_S", 0.0)
+    for _ in range(again.MOST):
+        bench.sweep()
+        assert bench.states() == {key: "dispatched"}
+        bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {key: "failed"} and again.WORDS not in bench.rows()[key].detail
+    assert not bench.sweep().runs and not bench.asked and told(bench) == 2, "a bad sector stays one"
+    with Ledger(bench.home.ledger) as ledger:
+        ledger.sources.forget("box", [key])  # `talaria source retry`
+    bench.all()
+    away[0] = False
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {key: "done"} and delivered(bench) == 3 and not list(bench.inbox.rglob("*.dcm"))
+
+
+def test_a_unit_that_was_away_while_it_was_sent_is_sent_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.source = bench.named(unit="folder", after="delete")
+    material.ct(bench.inbox / "s", 2)
+    bench.sweep()
+    (bench.inbox / "s").rename(bench.folder / "away")  # as its share was
+    bench.dispatch()
+    (bench.folder / "away").rename(bench.inbox / "s")
+    monkeypatch.setattr(sweep, "AGAIN_S", 0.0)
+    bench.sweep()
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {"s": "done"} and delivered(bench) == 2 and not list(bench.inbox.rglob("*.dcm"))

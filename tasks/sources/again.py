@@ -1,0 +1,53 @@
+"""Whether a unit that failed is dispatched once more by itself: where its files could not be read, as of a share.
+
+How often that was is part of its row's fingerprint, so that the next sweeps take the unit for one that has changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transfer.errors import Retryable
+from transfer.oserrors import ERRORS
+from transfer.outcome import Kind
+from transfer.receipt import State
+
+MOST = 3  # times: a share that has come back is read then, and a bad sector never
+WORDS = "it is dispatched again by itself, as its files may be readable then"
+AGAIN = ":again"  # between a fingerprint and the number of tries
+# What reading says while a share is away; of one that is unmounted, that nothing is there.
+_PASSING = [*(number for number, kind in ERRORS.items() if issubclass(kind, Retryable)), errno.ENOENT]
+_UNREAD = frozenset(f"can't be read: {os.strerror(number)}" for number in _PASSING)
+
+
+def marked(fingerprint: str, tries: int) -> str:
+    """Return the fingerprint of a unit that is dispatched again, for the so-manieth time."""
+    return f"{fingerprint}{AGAIN}{tries}"
+
+
+def parted(fingerprint: str) -> tuple[str, int]:
+    """Return a unit's own fingerprint, and how often it was dispatched again."""
+    mark, _, tries = fingerprint.partition(AGAIN)
+    return mark, int(tries or 0)
+
+
+def may_pass(study: Mapping[str, Any] | None, folder: str) -> bool:
+    """Return True if nothing kept a unit from arriving but that its files could not be read then.
+
+    Args:
+        study: its row in the receipts of its dispatch.
+        folder: that its files lie in; "" if they may lie anywhere.
+    """
+    bad = [one for one in (study or {}).get("targets", {}).values() if one["state"] != State.DELIVERED]
+    return bool(bad) and all(_is_unread(one, folder) for one in bad)
+
+
+def _is_unread(outcome: Mapping[str, Any], folder: str) -> bool:
+    """Return True if a target got all that could be read; its own errors don't name what lies in the source."""
+    details = {str(one["detail"]) for one in outcome.get("items", ()) if one["outcome"] == Kind.REJECTED}
+    if outcome.get("error"):
+        return bool(folder) and f"{folder}/" in str(outcome["error"]) and details <= _UNREAD
+    return bool(details) and details <= _UNREAD
