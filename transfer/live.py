@@ -18,6 +18,7 @@ from transfer.home import Home
 PLAN, PROBES = "plan", "probes"  # kinds: what a dispatch is going to do; the steps of a check that were made so far
 
 BY = "talaria.by"  # label of a run: who asked for it
+SETTLES = "talaria.settles"  # label of a sweep that only sees what has become of dispatches
 SHOW_PLAN = "talaria.show-plan"  # label of a run that is to show its plan
 FOLLOWED_HERE = "TALARIA_FOLLOWED_HERE"  # set where the front door that everybody comes in at is on this machine
 SAVED = "Talaria-Saved"  # header of the server's answers to workers: a mark that changes when a saved block does

@@ -102,6 +102,13 @@ def changed(home: Home) -> Path:
     return home.root / SOURCES / ".changed"  # no source has such a name
 
 
+def sweeping(home: Home, source: str) -> Path:
+    """Return the file on which a sweep of a source holds a lock, so that there is one at a time."""
+    folder = home.root / "locks"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return folder / f"source-{source}"
+
+
 def batches(home: Home, source: str) -> dict[str, Path]:
     """Return the lists of a source that are there, by their marks."""
     folder = place(home, source, "x").parent

@@ -34,10 +34,11 @@ from talaria.engine import hosts
 from talaria.engine.table import OF_SOURCES
 from talaria.settings import POOL
 from tasks.sources.saved import KEPT
+from transfer import live
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
-SLUG = "talaria"  # of the schedule that a source gives, among those of its deployment
 CRON_FIELDS = 5  # croniter takes a sixth behind them, for seconds, which others put first
+SLUG = "talaria"  # of the schedule that a source gives, among those of its deployment
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
@@ -124,28 +125,34 @@ async def withdraw(client: PrefectClient, name: str) -> None:
         await client.delete_deployment(there.id)
 
 
-async def start(client: PrefectClient, name: str, by: str = "") -> FlowRun:
-    """Create a sweep of a source that begins now; return the one that waits to begin, if there is one."""
-    from transfer import live
+async def start(client: PrefectClient, name: str, by: str = "", *, settles: bool = False) -> FlowRun:
+    """Create a sweep of a source that begins now; return the one that waits to begin, if there is one.
 
+    Args:
+        settles: whether it is only to see what has become of dispatches.
+    """
     there = await _deployment(client, name)
     if there is None:
         await deploy(client, (await KEPT.load(client, [name], secrets=False))[0])
         there = await _deployment(client, name)
     assert there is not None  # noqa: S101 - for the type checker
-    if waiting := await _waiting(client, there.id):
+    if waiting := await _waiting(client, there.id, settles=settles):
         return waiting
     return await client.create_flow_run_from_deployment(
         there.id,
         parameters={"source": name},
         name=f"sweep of {name}",
         state=Scheduled(scheduled_time=datetime.now(UTC)),
-        labels={live.BY: by} if by else {},
+        labels=({live.BY: by} if by else {}) | ({live.SETTLES: True} if settles else {}),
     )
 
 
-async def _waiting(client: PrefectClient, deployment_id: UUID) -> FlowRun | None:
-    """Return a sweep that is due and has not begun; a schedule's later ones are no such."""
+async def _waiting(client: PrefectClient, deployment_id: UUID, *, settles: bool) -> FlowRun | None:
+    """Return a sweep that is due and has not begun; a schedule's later ones are no such.
+
+    Args:
+        settles: whether one may only see what has become of dispatches.
+    """
     found = await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
         flow_run_filter=FlowRunFilter(
@@ -153,9 +160,9 @@ async def _waiting(client: PrefectClient, deployment_id: UUID) -> FlowRun | None
             expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": datetime.now(UTC)}),
         ),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        limit=1,
+        limit=2,  # there is one at most that only does so
     )
-    return found[0] if found else None
+    return next((one for one in found if settles or not one.labels.get(live.SETTLES)), None)
 
 
 async def schedule_of(client: PrefectClient, name: str) -> list[str]:
@@ -201,6 +208,9 @@ def never_comes(source: Source) -> str:
     """
     from prefect.server.schemas import schedules
 
+    if len(source.cron.split()) > CRON_FIELDS:
+        five = "minute, hour, day, month, day of the week, as in 0 2 * * *"
+        return f"{source.cron}: a sixth field would be the second, and * in it a sweep each second: write five: {five}"
     for one in _schedules(source):
         made = getattr(schedules, type(one.schedule).__name__).model_validate(one.schedule.model_dump())
         try:
@@ -208,9 +218,6 @@ def never_comes(source: Source) -> str:
                 continue
         except ValueError:
             if source.rrule:  # UTC in UNTIL, and not in what it counts from
-    if len(source.cron.split()) > CRON_FIELDS:
-        five = "minute, hour, day, month, day of the week, as in 0 2 * * *"
-        return f"{source.cron}: a sixth field would be the second, and * in it a sweep each second: write five: {five}"
                 return f"{source.rrule}: write its times without Z: they are those of the source's timezone"
         hint = ", or give it a DTSTART from which it counts" if "COUNT" in source.rrule.upper() else ""
         return f"{source.cron or source.rrule}: there is no such time from now on: correct it{hint}"

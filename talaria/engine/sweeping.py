@@ -206,4 +206,5 @@ class _Sweeping:
                     return
         one.begun = time.monotonic()
         one.due = one.begun + NET_S if self._is_watched(one.source) else float("inf")
-        one.run = (await batches.start(self.client, name)).id
+        # What is not watched is looked through when its schedule says so, and not before.
+        one.run = (await batches.start(self.client, name, settles=not self._is_watched(one.source))).id

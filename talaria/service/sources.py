@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,11 @@ from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
 from transfer import listening, unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
-from transfer.home import Home
+from transfer.home import Home, locked
 from transfer.ledger import Ledger
 from transfer.sourcebook import Sourcebook, UnitState
 
+ENDS_S, LOOK_S = 10.0, 0.1  # for a sweep of a source that is removed to end: it may be moving a large file
 SHOWN = 50  # units that failed, or are held, in the JSON of one source
 
 
@@ -258,18 +260,32 @@ async def _remove(office: Office, name: str, qualified: str) -> None:
 async def forget_source(office: Office, name: str) -> None:
     """See to what follows from a source's being removed: it has no schedule any more, and no units."""
     await batches.withdraw(office.client, name)
-    await asyncio.to_thread(_read, office, lambda book: _forget(office, book, name))
-    _say_changed(office)
+    _say_changed(office)  # so that a sweep that runs ends
+    await asyncio.to_thread(_forget, office, name)
     await recorded.source_removed(office, name)
 
 
-def _forget(office: Office, book: Sourcebook, name: str) -> None:
+def _forget(office: Office, name: str) -> None:
     """Forget a source, but not what is under way: its runs go on, and a source of its name would see how they end."""
-    book.forget(name)
-    used = {row.batch for row in book.units(name).values()}
-    for mark, path in unitlist.batches(office.home, name).items():
-        if mark not in used:
-            unitlist.remove(path)
+    with _no_sweep(office.home, name) as ended, Ledger(office.home.ledger) as ledger:
+        book = ledger.sources
+        book.forget(name)
+        used = {row.batch for row in book.units(name).values()}
+        for mark, path in unitlist.batches(office.home, name).items():
+            if ended and mark not in used:  # else one may be just written
+                unitlist.remove(path)
+
+
+@contextmanager
+def _no_sweep(home: Home, name: str) -> Iterator[bool]:
+    """Wait until no sweep of a source runs, and let none begin in the block; yield False if one doesn't end soon."""
+    end = time.monotonic() + ENDS_S
+    while True:
+        with locked(unitlist.sweeping(home, name), fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+            if mine is not None or time.monotonic() >= end:
+                yield mine is not None
+                return
+        time.sleep(LOOK_S)
 
 
 async def enable_source(office: Office, name: str, enabled: bool = True) -> dict[str, Any]:

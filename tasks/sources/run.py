@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -37,7 +39,7 @@ from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
 from tasks.sources.sweep import Sweep, Swept
 from tasks.targets import TARGETS
-from transfer import unitlist
+from transfer import live, unitlist
 from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
@@ -46,6 +48,7 @@ from transfer.sourcebook import SweepRow
 
 LOOK_S = 0.5  # between two looks whether a source was changed on this machine
 ELSEWHERE_S = 60.0  # and whether it was from another one
+SETTLING = b"settling"  # in the file of the lock, while a sweep has it that does nothing else
 LATE_S = 60.0  # of a sweep, after which others of its source may be due as well: nobody was there to begin them
 
 
@@ -127,21 +130,21 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
         source, sources, targets = await everything(client, name)
         if not source.enabled:
             return Completed(message="the source is paused: nothing was done")
-        folder = home.root / "locks"
-        folder.mkdir(exist_ok=True, mode=0o700)
-        with locked(folder / f"source-{source.name}", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
-            if mine is None:
+        looks = not flow_run.labels.get(live.SETTLES)
+        async with _turn(home, source.name, wish, looks=looks) as is_ours:
+            if not is_ours:
                 return Completed(message="another sweep of it is running: nothing was done")
             host = of_queue(flow_run.work_queue_name)
             dispatching = PrefectDispatching(client, home, source.name, f"{AT}{host}" if host else "")
-            await _end_others(client, flow_run)
+            if looks:
+                await _end_others(client, flow_run)
             before = ledger.sources.sweep(source.name)
             following = asyncio.create_task(wish.follow(client, home, source))
             try:
                 others = await belonging.elsewhere(client)
                 await asyncio.to_thread(_check, source, sources, targets, before, others)
                 by_name = {one.name: one for one in targets}
-                done = await Sweep(source, by_name, home, ledger, dispatching, wish.check).run()
+                done = await Sweep(source, by_name, home, ledger, dispatching, wish.check).run(looks=looks)
             except Cancelled:
                 raise
             except Exception as error:
@@ -151,10 +154,34 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
             finally:
                 following.cancel()
             mount = await asyncio.to_thread(_mount, source)
-            ledger.sources.swept(source.name, SweepRow(mount, 0.0, done.next, done.waiting, ""))
+            row = SweepRow(mount, 0.0, done.next, done.waiting, "")
+            ledger.sources.swept(source.name, row if looks else replace(before, mount=mount, detail=""))
     if done.runs:
         await _link(source, done)
     return Completed(message=done.words)
+
+
+@asynccontextmanager
+async def _turn(home: Home, name: str, wish: _Wish, *, looks: bool) -> AsyncIterator[bool]:
+    """Hold the lock of a source's sweeps; yield False if another one has it, and looks for what is ready itself.
+
+    One that just settles what has ended is waited for: a sweep each night would be missed for it.
+
+    Raises:
+        Cancelled: the sweep is stopped meanwhile.
+    """
+    while True:
+        with locked(unitlist.sweeping(home, name), fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+            if mine is not None:
+                with suppress(OSError):  # a full disk
+                    os.ftruncate(mine.fileno(), 0)
+                    os.write(mine.fileno(), b"" if looks else SETTLING)
+            elif looks and unitlist.sweeping(home, name).read_bytes() == SETTLING:
+                wish.check()
+                await asyncio.sleep(LOOK_S)
+                continue
+            yield mine is not None
+            return
 
 
 async def _end_others(client: PrefectClient, flow_run: FlowRun) -> None:

@@ -111,14 +111,14 @@ class Sweep:
         self._put_back = dict[str, FileFacts]()  # what files of the list at hand are now that could not go
         self._open = dict[str, str]()  # units of whose files some are to go with a later sweep, with the reason
 
-    async def run(self) -> Swept:
-        """Settle what has ended, then dispatch what is ready.
+    async def run(self, *, looks: bool = True) -> Swept:
+        """Settle what has ended, then dispatch what is ready, if it is also to look for that.
 
         Raises:
             DispatchError: the source can't be looked through.
         """
         await self.settle()
-        for batch in await asyncio.to_thread(self._look):
+        for batch in await asyncio.to_thread(self._look) if looks else ():
             self.check()  # the next sweep creates what is left
             await self._create(batch.mark, batch.parameters, len(batch.rows))
         if units.reports(self.source):

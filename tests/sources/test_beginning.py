@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -19,6 +20,7 @@ from talaria.engine import batches
 from talaria.engine import sweeping as module
 from talaria.engine.folderwatch import FolderWatch
 from talaria.engine.sweeping import _Sweeping, _Watched
+from transfer import live
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.sourcebook import UnitRow, UnitState
@@ -158,3 +160,38 @@ def test_sweeps_stay_on_the_host_that_has_their_lists(
     server = Server()
     asyncio.run(batches.deploy(cast(Any, server), box(tmp_path)))
     assert server.created["work_queue_name"] == queue
+
+
+def test_what_is_not_watched_is_swept_at_the_end_of_a_dispatch_for_that_alone(tmp_path: Path) -> None:
+    class Deployed(Server):
+        """Has the source's deployment, and keeps the sweeps that are created."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.waiting: list[FlowRun] = []
+
+        async def read_flow_runs(self, **asked: Any) -> list[FlowRun]:
+            return self.waiting
+
+        async def read_deployment_by_name(self, name: str) -> Any:
+            return SimpleNamespace(id=uuid4())
+
+        async def create_flow_run_from_deployment(self, number: UUID, **fields: Any) -> FlowRun:
+            self.waiting.insert(0, FlowRun(flow_id=uuid4(), labels=fields["labels"]))
+            return self.waiting[0]
+
+    server = cast(Any, Deployed())
+    night = InboxSource(folder=str(tmp_path), targets=["shelf"], watch=False, cron="0 2 * * *").named("night")
+    with Ledger(tmp_path / "ledger") as ledger:
+        sweeping = _Sweeping(server, Home(tmp_path), ledger)
+        for _ in range(2):
+            asyncio.run(sweeping._begin("night", _Watched(night)))
+        (settling,) = server.waiting
+        assert settling.labels == {live.SETTLES: True}
+        whole = asyncio.run(batches.start(server, "night", "anna"))
+        assert whole is not settling and live.SETTLES not in whole.labels
+        assert asyncio.run(batches.start(server, "night", "bert")) is whole
+        asyncio.run(sweeping._begin("night", _Watched(night)))
+        server.waiting.clear()
+        asyncio.run(sweeping._begin("box", _Watched(box(tmp_path))))
+        assert [one.labels for one in server.waiting] == [{}]

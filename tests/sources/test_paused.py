@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import uuid4
@@ -17,13 +18,16 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Running
 
 from blocks.source import Source
+from talaria.service import Office, sources
 from talaria.testing import studies as material
 from talaria.testing.process import until
 from tasks.sources import after, run
 from tests.sources.bench import Bench
-from transfer import unitlist
+from transfer import live, unitlist
 from transfer.errors import Cancelled, NotFound
+from transfer.home import locked
 from transfer.ledger import Ledger
+from transfer.sourcebook import Sourcebook
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, after="delete")
 
 
-def swept(bench: Bench, monkeypatch: pytest.MonkeyPatch, saved: list[Source]) -> None:
+def swept(bench: Bench, monkeypatch: pytest.MonkeyPatch, saved: list[Source], **labels: bool) -> None:
     """Run one sweep as the flow does, of a source that is saved as `saved` has it meanwhile."""
 
     async def load(client: Any, names: list[str], **asked: Any) -> list[Source]:
@@ -54,7 +58,8 @@ def swept(bench: Bench, monkeypatch: pytest.MonkeyPatch, saved: list[Source]) ->
     monkeypatch.setattr(run, "PrefectDispatching", lambda *args: bench)
     monkeypatch.setattr(run, "_link", lambda source, done: asyncio.sleep(0))
     with Ledger(bench.home.ledger) as ledger:
-        ours = cast(Any, SimpleNamespace(work_queue_name="normal", state=None, expected_start_time=None))
+        said = {"work_queue_name": "normal", "state": None, "expected_start_time": None, "labels": labels}
+        ours = cast(Any, SimpleNamespace(**said))
         asyncio.run(run._swept("box", bench.home, ledger, ours, run._Wish(Event())))
 
 
@@ -159,6 +164,53 @@ def test_another_change_does_not_end_a_sweep(bench: Bench, monkeypatch: pytest.M
     monkeypatch.setattr(run.Sweep, "_close", closing)
     swept(bench, monkeypatch, saved)
     assert len(bench.asked) == 1
+
+
+def test_an_inbox_that_is_not_watched_is_looked_through_by_its_schedule_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its dispatches end, what they have delivered is deleted, and nothing else is dispatched by day."""
+    bench.source = bench.named(after="delete", watch=False, cron="0 2 * * *")
+    saved: list[Source] = [bench.source]
+    material.ct(bench.inbox / "one", 1)
+    swept(bench, monkeypatch, saved)
+    bench.dispatch()
+    material.ct(bench.inbox / "two", 1)
+    with Ledger(bench.home.ledger) as ledger:
+        before = ledger.sources.sweep("box")
+    swept(bench, monkeypatch, saved, **{live.SETTLES: True})
+    assert bench.states() == {"one": "done"} and bench.asked == {} and not (bench.inbox / "one").exists()
+    with Ledger(bench.home.ledger) as ledger:
+        assert ledger.sources.sweep("box") == before, "when it was looked through"
+    with locked(unitlist.sweeping(bench.home, "box"), fcntl.LOCK_EX) as mine:
+        assert mine is not None and Path(mine.name).read_bytes() == run.SETTLING
+        begun = Thread(target=swept, args=(bench, monkeypatch, saved))  # by its schedule: it is not missed
+        begun.start()
+        begun.join(0.2)
+        assert begun.is_alive()
+    begun.join(60)
+    assert bench.states() == {"one": "done", "two": "dispatched"}
+
+
+def test_lists_of_a_sweep_stay_when_its_source_is_removed_meanwhile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material.ct(bench.inbox / "one", 1)
+    office, save = Office(cast(Any, None), bench.home), Sourcebook.save
+    forgetting = Thread(target=sources._forget, args=(office, "box"))
+
+    def saving(self: Sourcebook, source: str, rows: Any) -> None:
+        forgetting.start()  # the list is written, and no row is known that has it
+        forgetting.join(0.5)
+        save(self, source, rows)
+
+    monkeypatch.setattr(Sourcebook, "save", saving)
+    swept(bench, monkeypatch, [bench.source])
+    forgetting.join(60)
+    bench.dispatch()
+    ((end,),) = [bench.done.values()]
+    assert not end.message and end.study("one")
+    assert bench.states() == {"one": "dispatched"}
 
 
 @pytest.mark.parametrize("late_s", [5, 7200])
