@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
@@ -16,6 +16,7 @@ from blocks.dicom import AET_CHARS, check_aet
 from blocks.dicom_tls import TlsProfile
 from blocks.fields import BYTES, SECONDS, Group, about
 from blocks.source import After, Leaving, Source, checked_names
+from transfer.validation import numbers_only
 
 MOST_ASSOCIATIONS = 64  # at once, unless the source says otherwise
 MAPPED_BITS = 96  # before an address of IPv4 in one of IPv6 (RFC 4291, section 2.5.5.2)
@@ -46,6 +47,11 @@ class AllowedPeer(BaseModel):
         description="Port on which it listens for reports of storage commitment; 0 if they are to come on the "
         "association that asked.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        return numbers_only(values, cls.model_fields)
 
     @field_validator("aet")
     @classmethod

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, SecretStr, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from blocks.fields import Group, in_order, ordered
+from transfer.validation import numbers_only
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
 EMAIL = re.compile(r"[^@\s,;<>\x00-\x1f\x7f]+@[^@\s,;<>\x00-\x1f\x7f]+")
@@ -110,7 +111,11 @@ class NamedBlock(Block, ABC):
     @model_validator(mode="before")
     @classmethod
     def _unset(cls, values: Any) -> Any:
-        """Take for not given: a secret that is null, as it is saved, and, of what may be null, a form's empty text."""
+        """Take for not given: a secret that is null, as it is saved, and, of what may be null, a form's empty text.
+
+        A truth value is no number, though pydantic takes it for one.
+        """
+        values = numbers_only(values, cls.model_fields)
         if not isinstance(values, dict):
             return values
         secrets = {name for name in cls.secret_fields() if cls.model_fields[name].default is not None}

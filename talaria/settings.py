@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from talaria.home import settings_files
 from transfer import roots, shared
 from transfer.home import Home
 from transfer.live import FOLLOWED_HERE
-from transfer.validation import meant, what_is_wrong
+from transfer.validation import meant, numbers_only, what_is_wrong
 from transfer.window import DispatchWindow
 
 KEEP = ("keep_days", "keep_limit", "keep_failed_days")  # bounds of what is remembered
@@ -115,6 +115,12 @@ class Settings(BaseSettings):
     audit_syslog_cert: str = Field(default="", description="PEM file of our certificate, where it wants one.")
     audit_syslog_key: str = Field(default="", description="PEM file of the key of that certificate.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        """Refuse the truth values of TOML where a number is wanted."""
+        return numbers_only(values, cls.model_fields)
+
     @field_validator("sources", "places", "shared_sources", "shared_places", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
@@ -196,6 +202,13 @@ def load_settings() -> Settings:
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
     if settings.notify_commands and not Path(settings.notify_commands).is_absolute():
         raise ValueError(f"setting notify_commands: it must be an absolute path{_WHERE}")
+    if settings.audit_syslog.strip():
+        from talaria.audit.syslog import SyslogTarget
+
+        try:
+            SyslogTarget.of(settings.audit_syslog.strip())
+        except ValueError as exc:
+            raise ValueError(f"setting {exc}{_WHERE}") from exc
     os.environ["TALARIA_LOG_JSON"] = "yes" if settings.log_json else "no"
     audit = ("notify_commands", "audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", "upload_limit", *KEEP, *audit):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 # By pydantic's own names of its errors; `{range}` is what the field's bounds allow.
 _WHOLE = "must be a whole number{range}"
@@ -37,7 +37,29 @@ _SAID = {
 }
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 OWN = "Value error, "  # what pydantic puts before the message of a validator
+NO_NUMBER: tuple[()] = ()  # stands for a value that is none
 _PARSING = re.compile(", unable to parse string as an? [a-z]+")
+
+
+def numbers_only(values: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a model's values, for a validator before all others, with no truth values where numbers are wanted.
+
+    pydantic takes true for 1: `max_attempts: yes` would be one attempt, and `older_than_s: true` one second.
+
+    Args:
+        fields: `model_fields` of the model.
+    """
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: NO_NUMBER if isinstance(value, bool) and name in fields and _is_number(fields[name].annotation) else value
+        for name, value in values.items()
+    }
+
+
+def _is_number(annotation: Any) -> bool:
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and not kinds & {bool, str}
 
 
 def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]) -> str:

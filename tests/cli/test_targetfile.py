@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from blocks import RULES, SOURCES, TYPES, Rule, Source, Target
 from blocks.dicomweb import DicomWebTarget
 from talaria import configfile, targetfile
 from transfer.errors import Misconfigured
@@ -126,3 +129,21 @@ def test_what_is_shown_of_a_target_are_its_own_values() -> None:
     shown = targetfile.all_values_of(one)
     assert shown.keys() <= {"type", *targetfile.field_names(DicomWebTarget)} and shown["max_attempts"]
     assert set(shown["access_token"]) == {"*"} and shown["type"] == "dicomweb"
+
+
+@pytest.mark.parametrize(
+    ("kind", "types", "values", "words"),
+    [
+        (Target, TYPES, "{type: folder, folder: /x, max_attempts: yes}", "max_attempts: must be a whole number, at le"),
+        (Target, TYPES, "{type: folder, folder: /x, retry_delay_s: on}", "retry_delay_s: must be a number, at least 0"),
+        (Target, TYPES, "{type: folder, folder: /x, bandwidth_limit: true}", "bandwidth_limit: must be a whole number"),
+        (Source, SOURCES, "{type: inbox, folder: /in, targets: [a], settle_s: yes}", "settle_s: must be a number"),
+        (Source, SOURCES, "{type: dicom, aet: A, targets: [a], peers: [{port: yes}]}", "peers.0.port: must be a whole"),
+        (Rule, RULES, "{type: webhook, url: 'http://h/', late_s: no}", "late_s: must be a whole number, at least 1"),
+        (Rule, RULES, "{type: email, host: h, sender: a@b, to: [a@b], port: yes}", "port: must be a whole number"),
+    ],
+)
+def test_yes_is_no_number(kind: Any, types: Any, values: str, words: str) -> None:
+    with pytest.raises(Misconfigured) as caught:
+        targetfile.entry(kind, types, "a", yaml.safe_load(values), fill=False)
+    assert words in str(caught.value) and ";" not in str(caught.value)

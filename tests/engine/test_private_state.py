@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,27 @@ def test_roots_and_syslog_from_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.delenv(name)
     file.write_text('sources = "relative"\n')
     with pytest.raises(ValueError, match="relative is not an absolute path"):
+        settings.load_settings()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("keep_days = true", "setting keep_days: must be a whole number, at least 1"),
+        ("lease = true", "setting lease: must be a number, at least 2"),
+        ('audit_syslog = "log..example.org"', "setting audit_syslog: 'log..example.org' is not host:port"),
+        ('audit_syslog = "tls://log.example.org"', "is not host:port"),
+    ],
+)
+def test_a_value_that_would_mean_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, words: str
+) -> None:
+    variable = f"TALARIA_{line.partition(' ')[0].upper()}"
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talaria.toml").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=re.escape(words)):
         settings.load_settings()
 
 

@@ -117,6 +117,18 @@ def test_what_is_not_valid_is_said_in_one_line_without_its_value(app: FastAPI, b
     assert SECRET not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/prune", {"older_than_s": True}, "older_than_s: must be a number"),
+        ("/retrievals", {"source": "a", "studies_per_hour": True}, "studies_per_hour: must be a whole number"),
+    ],
+)
+def test_true_is_no_number(app: FastAPI, path: str, body: Any, words: str) -> None:
+    answer = ask(app, "POST", path, Role.ADMIN, json=body)
+    assert answer.status_code == 422 and answer.json()["error"].startswith(words)
+
+
 def test_errors_have_one_form(app: FastAPI) -> None:
     assert "no such route" in ask(app, "GET", "/nothing").json()["error"]
     assert "no such method" in ask(app, "DELETE", "/health").json()["error"]

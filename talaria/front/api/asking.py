@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from starlette.types import Receive, Scope, Send
 
 from talaria import __version__
@@ -23,6 +23,7 @@ from talaria.front.lasting import LOOK_S, STILL, STREAMS, gone
 from talaria.front.subscription import Ended
 from talaria.service import Office
 from transfer.home import Home
+from transfer.validation import numbers_only
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -75,6 +76,11 @@ class RequestBody(BaseModel):
     """The body of a request; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        return numbers_only(values, cls.model_fields)
 
 
 def _asked(request: Request) -> Callable[[], Awaitable[Office]]:
