@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from talaria.audit.messages import message
@@ -60,14 +60,23 @@ class Forwarder:
         self._thread.join(15)
 
     def _run(self) -> None:
+        said = ""
+        while not self._stop.is_set():
+            try:
+                self._forward_alone()
+            except Exception as exc:  # a full disk, say: whatever it is, this thread must go on
+                said = self._say("they can't be sent on", exc, said)
+            self._stop.wait(LOOK_S)
+
+    def _forward_alone(self) -> None:
+        """Forward until it is stopped, if no other process does."""
         Path(self.trail.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(f"{self.trail.folder}/forwarding.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while not self._stop.is_set():
-                with suppress(BlockingIOError):  # another process forwards; the kernel drops its lock if it dies
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self._forward()
-                self._stop.wait(LOOK_S)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._forward()
+        except BlockingIOError:
+            pass  # another process forwards; the kernel drops its lock if it dies
         finally:
             os.close(fd)
             self._close()
@@ -78,12 +87,20 @@ class Forwarder:
             try:
                 while self._step():
                     wait_s, said = LOOK_S, ""
-            except OSError as exc:
+            except Exception as exc:  # a name that can't be asked for, say: whatever it is, this thread must go on
                 self._close()
-                words = f"{self.target.host}:{self.target.port}: {exc.strerror or exc}"
-                if words != said:
-                    logger.warning("audit messages wait, the syslog server can't be reached: %s", words)
-                wait_s, said = min(wait_s * 2, MAX_WAIT_S), words
+                where = f"{self.target.host}:{self.target.port}"
+                said = self._say(f"the syslog server can't be reached: {where}", exc, said)
+                wait_s = min(wait_s * 2, MAX_WAIT_S)
+
+    @staticmethod
+    def _say(words: str, exc: Exception, said: str) -> str:
+        """Log why audit messages wait, unless that was the last that was logged; return it."""
+        known = isinstance(exc, OSError | ValueError)
+        words = f"{words}: {getattr(exc, 'strerror', None) or str(exc) or type(exc).__name__}"
+        if words != said:
+            logger.warning("audit messages wait, %s", words, exc_info=None if known else exc)
+        return words
 
     def _step(self) -> bool:
         """Send the next entries; return whether there were any."""
@@ -114,7 +131,7 @@ class Forwarder:
             entry = json.loads(line)
             text = message(entry, self._host)
             return formatted(text, str(entry["time"]), self._host) if text else b""
-        except (ValueError, KeyError, TypeError):
+        except Exception:
             return b""  # not a valid entry: `talaria audit verify` reports it
 
     def _position(self) -> int:

@@ -6,6 +6,7 @@ They hold no more than the trail does: patients by a pseudonym, queries without 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as Xml
@@ -63,6 +64,7 @@ PATIENT, USER_ID, URI = (AuditCode("2", "Patient Number", "RFC-3881"), AuditCode
 PERSON, SYSTEM = "1", "2"  # ParticipantObjectTypeCode
 STUDY_ROOT = "1.2.840.10008.5.1.4.1.2.2.1"  # the SOP class that is searched, whatever the protocol
 OURSELVES = "talaria"
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0 section 2.2, of a login, say
 
 
 def message(entry: Mapping[str, Any], host: str) -> str | None:
@@ -92,7 +94,7 @@ def message(entry: Mapping[str, Any], host: str) -> str | None:
     source = Xml.SubElement(root, "AuditSourceIdentification", AuditSourceID=f"{OURSELVES}@{host}")
     Xml.SubElement(source, "AuditSourceTypeCode", {"csd-code": "4"})  # application server
     _objects(root, entry, form, details)
-    return Xml.tostring(root, encoding="unicode")
+    return _NO_XML.sub("\ufffd", Xml.tostring(root, encoding="unicode"))
 
 
 def _participants(

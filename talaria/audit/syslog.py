@@ -42,10 +42,15 @@ class SyslogTarget:
         Raises:
             ValueError: it is neither.
         """
-        parts = urlsplit(f"//{address}")
-        if not parts.hostname or parts.path or parts.username:
-            raise ValueError(f"audit_syslog: {address!r} is not host:port")
-        return cls(parts.hostname, parts.port or PORT, ca, cert, key)
+        try:
+            parts = urlsplit(f"//{address}")
+            host, port = parts.hostname or "", parts.port
+            host.encode("idna")  # as whoever resolves it does
+        except ValueError:
+            host, port = "", None
+        if not host or parts.netloc != address or "@" in address or port == 0 or any(map(str.isspace, address)):
+            raise ValueError(f"audit_syslog: {address!r} is not host:port, as in log.example.org:6514 or [2001:db8::1]")
+        return cls(host, port or PORT, ca, cert, key)
 
 
 def formatted(message: str, time_iso: str, host: str, pid: int | None = None) -> bytes:
@@ -56,13 +61,29 @@ def formatted(message: str, time_iso: str, host: str, pid: int | None = None) ->
     return b"%d %b" % (len(data), data)
 
 
+def _context(target: SyslogTarget) -> ssl.SSLContext:
+    """Return what a server is verified, and ours shown, by.
+
+    Raises:
+        OSError: a file can't be used; the message names it.
+    """
+    file = target.ca
+    try:
+        context = ssl.create_default_context(cafile=file or None)
+        if target.cert:
+            file = f"{target.cert} {target.key}".strip()
+            # Without a function, OpenSSL asks for the password of an encrypted key on the terminal.
+            context.load_cert_chain(target.cert, target.key or None, password=lambda: "")
+    except (OSError, ValueError) as exc:
+        raise OSError(f"{file} can't be used: {getattr(exc, 'strerror', None) or exc}") from exc
+    return context
+
+
 class SyslogConnection:
     """A connection to a syslog server. Every method may raise OSError; ssl.SSLError is one."""
 
     def __init__(self, target: SyslogTarget) -> None:
-        context = ssl.create_default_context(cafile=target.ca or None)
-        if target.cert:
-            context.load_cert_chain(target.cert, target.key or None)
+        context = _context(target)
         raw = socket.create_connection((target.host, target.port), TIMEOUT_S)
         try:
             self._sock = context.wrap_socket(raw, server_hostname=target.host)

@@ -182,6 +182,12 @@ def test_an_instance_transfer_says_who_sent_what_to_whom(home: Home) -> None:
     assert details["items"] == b"3"
 
 
+def test_what_no_xml_may_hold_ends_no_message() -> None:
+    entry = {"event": "login", "time": "2026-11-28T12:00:00Z", "result": "serious", "who": "an\x00na\x1b \ufffe <é>"}
+    (who, *_) = Xml.fromstring(message(entry, "host") or "").iter("ActiveParticipant")
+    assert who.attrib["UserID"] == "an\ufffdna\ufffd \ufffd <é>"
+
+
 def test_a_frame() -> None:
     framed = formatted("<x>é</x>", "2026-11-28T12:00:00.000+00:00", "a host", 7)
     length, _, rest = framed.partition(b" ")
@@ -189,7 +195,10 @@ def test_a_frame() -> None:
     assert rest == b"<85>1 2026-11-28T12:00:00.000+00:00 ahost talaria 7 DICOM+RFC3881 - \xef\xbb\xbf<x>\xc3\xa9</x>"
 
 
-@pytest.mark.parametrize("address", ["", "user@host", "host/path", "host:port"])
+@pytest.mark.parametrize(
+    "address",
+    ["", "user@host", "host/path", "host:port", "a..b", f"{'a' * 64}.org", "tls://host", "::1", "host:0", "a b", "h?x"],
+)
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(ValueError):
         SyslogTarget.of(address)
@@ -271,6 +280,44 @@ def test_a_server_that_is_not_trusted_gets_nothing(
     waited(lambda: "certificate" in caplog.text)
     forwarder.stop()
     assert not server.lines
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (SyslogTarget("a..b"), "a..b:6514: "),
+        (SyslogTarget("localhost", 1, ca="/no/ca.pem"), "localhost:1: /no/ca.pem can't be used: No such file"),
+        (SyslogTarget("localhost", 1, cert="/no/cert.pem"), "/no/cert.pem can't be used: No such file"),
+    ],
+)
+def test_what_can_t_be_reached_as_it_is_set_ends_no_forwarding(
+    home: Home, server: Rsyslog, caplog: pytest.LogCaptureFixture, target: SyslogTarget, words: str
+) -> None:
+    record(Event.TARGET_REMOVED, "anna", target="t0")
+    forwarder = Forwarder(home, target)
+    forwarder.start()
+    waited(lambda: words in caplog.text)
+    forwarder.target = SyslogTarget("localhost", server.port, str(server.authority.ca))
+    waited(lambda: counts(server) == ["t0"])
+    forwarder.stop()
+    assert "Traceback" not in caplog.text
+
+
+def test_a_place_that_can_t_be_written_to_and_a_line_that_is_none_end_no_forwarding(
+    home: Home, server: Rsyslog, caplog: pytest.LogCaptureFixture
+) -> None:
+    record(Event.TARGET_REMOVED, "anna", target="t0")
+    trail = Trail(home)
+    with open(trail.path, "ab") as file:
+        file.write(b"[]\nnull\n")
+    lock = Path(trail.folder, "forwarding.lock")
+    lock.mkdir()
+    with forwarding(home):
+        waited(lambda: "they can't be sent on: Is a directory" in caplog.text)
+        lock.rmdir()
+        waited(lambda: counts(server) == ["t0"])
+        record(Event.TARGET_REMOVED, "anna", target="t1")
+        waited(lambda: counts(server) == ["t0", "t1"])
 
 
 def test_with_a_certificate_of_ours(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
