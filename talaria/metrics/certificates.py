@@ -1,11 +1,12 @@
-"""How long certificates are still valid: the front door's and listeners', those that we show to peers, and peers'."""
+"""How long certificates are still valid: the front door's and listeners', those that we show to peers, peers', and
+those of the authorities that are trusted to vouch for them."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +22,8 @@ from transfer.ledger import Ledger
 
 FRONT = "front-door"  # what ours is called; no target can have this name and be `whose` "server"
 OWN, PEER, SERVER, LISTENER = "own", "peer", "server", "listener"  # whose it is
+AUTHORITY, SENDERS = "authority", "senders"  # or whom `ca_cert` of a target, or of a source, trusts
+OF_SOURCES = (LISTENER, SENDERS)
 PEER_DAYS = re.compile(r"expires in (-?\d+) days")  # in the probe `tls` of a check (protocols.net.tls.peer_facts)
 EXPIRED = "certificate has expired"  # where the check ended with it
 MOST_BYTES = 1 << 20  # of a file of certificates
@@ -33,6 +36,7 @@ class KnownCertificate:
     Attributes:
         of: the target's or source's name, or FRONT.
         whose: OWN is shown by us to that target, PEER by it to us, SERVER by our front door, LISTENER by that source.
+            AUTHORITY is the last that may vouch for that target, SENDERS for who sends to that source.
         expires: seconds since the epoch; that of a peer is known to a day.
     """
 
@@ -62,10 +66,19 @@ def known(
     found = []
     if front and (end := _end(front)) is not None:
         found.append(KnownCertificate(FRONT, SERVER, end))
-    for whose, one in [*((OWN, one) for one in targets), *((LISTENER, one) for one in sources)]:
-        own = str(getattr(one, "tls_cert", "") or "")
+    trusted = dict[str, float | None]()  # many targets name the same file
+    for whose, whom, one in [
+        *((OWN, AUTHORITY, one) for one in targets),
+        *((LISTENER, SENDERS, one) for one in sources),
+    ]:
+        own, ca = (str(getattr(one, name, "") or "") for name in ("tls_cert", "ca_cert"))
         if own and (end := _end(own)) is not None:
             found.append(KnownCertificate(one.name, whose, end))
+        if ca not in trusted:
+            # Of an authority's old and new certificate, and of a list of all authorities, the last one to end counts.
+            trusted[ca] = _end(ca, max) if ca else None
+        if (end := trusted[ca]) is not None:
+            found.append(KnownCertificate(one.name, whom, end))
     return [*found, *_of_peers(targets, checks, ledger)]
 
 
@@ -84,12 +97,16 @@ def _of_peers(
             yield KnownCertificate(target.name, PEER, last.expires)
 
 
-def _end(cert: str) -> float | None:
-    """Return when the first of a chain's certificates expires, of a path or PEM text; None if it can't be read."""
+def _end(cert: str, which: Callable[[Iterable[float]], float] = min) -> float | None:
+    """Return when the first of a chain's certificates expires, of a path or PEM text; None if it can't be read.
+
+    Args:
+        which: that one of their ends which counts.
+    """
     with suppress(OSError, ValueError):
         pem = cert.encode() if "-----BEGIN" in cert else _read(cert)
         chain = x509.load_pem_x509_certificates(pem)
-        return min(one.not_valid_after_utc.timestamp() for one in chain)
+        return which(one.not_valid_after_utc.timestamp() for one in chain)
     return None
 
 

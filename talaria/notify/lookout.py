@@ -214,11 +214,13 @@ def _expiring(ledger: Ledger, known: Iterable[certificates.KnownCertificate]) ->
         subject = f"certificate/{host_name() if front else ''}/{one.of}/{one.whose}"
         days = next((days for days in DAYS if one.days <= days), None)
         before = ledger.happenings.standing(subject)
-        if days is None:
-            if before and one.days > max(DAYS) + 1:  # renewed; what is known of a peer's is known to a day
-                ledger.happenings.stands(subject, "")
+        if before and one.days > int(before) + 1 and (days is None or days > int(before)):
+            # Renewed, perhaps for a month; what is known of a peer's is known to a day.
+            ledger.happenings.stands(subject, str(days or ""))
+        elif days is None:
+            continue
         elif (not before or days < int(before)) and ledger.happenings.stands(subject, str(days)):
-            of = "of" if front else "source" if one.whose == certificates.LISTENER else "target"
+            of = "of" if front else "source" if one.whose in certificates.OF_SOURCES else "target"
             about = {of: one.of, "whose": one.whose, "days": max(0, int(one.days))}
             happened(ledger, RuleEvent.CERTIFICATE, about)
 

@@ -14,6 +14,8 @@ WHOSE = {
     "own": "shown to it by us",
     "server": "of our front door",
     "listener": "shown by its listener",
+    "authority": "of the authority that is trusted to vouch for it (ca_cert)",
+    "senders": "of the authority that is trusted to vouch for its senders (ca_cert)",
 }
 CAUSES = {
     "outage": "it does not answer, breaks off, or is busy: this may pass by itself",

@@ -28,8 +28,10 @@ class Need(StrEnum):
     SOURCE_STUCK = "source.stuck"
     SOURCE_UNITS = "source.units"
     SOURCE_CERTIFICATE = "source.certificate"
+    SOURCE_AUTHORITY = "source.authority"
     CERTIFICATE_OWN = "certificate.own"
     CERTIFICATE_PEER = "certificate.peer"
+    CERTIFICATE_AUTHORITY = "certificate.authority"
     CERTIFICATE_SERVER = "certificate.server"
     DISK = "disk"
 
@@ -93,7 +95,9 @@ def _certificates(known: Sequence[certificates.KnownCertificate]) -> Iterator[At
         certificates.OWN: Need.CERTIFICATE_OWN,
         certificates.PEER: Need.CERTIFICATE_PEER,
         certificates.SERVER: Need.CERTIFICATE_SERVER,
+        certificates.AUTHORITY: Need.CERTIFICATE_AUTHORITY,
         certificates.LISTENER: Need.SOURCE_CERTIFICATE,
+        certificates.SENDERS: Need.SOURCE_AUTHORITY,
     }
     for one in known:
         if one.days <= DAYS:

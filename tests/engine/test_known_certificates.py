@@ -138,3 +138,43 @@ def test_the_certificate_of_a_listener_is_known_and_told_of(tmp_path: Path, monk
         (one,) = ledger.happenings.waiting(9)
     assert one.about | {"source": "ct", "whose": "listener", "days": 19} == one.about
     assert rule.hears(one.event, one.about)
+
+
+def test_the_authority_that_ca_cert_trusts_is_known_and_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the old one and the new one that takes its place, the new one counts."""
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start a server
+    ca = Authority(tmp_path / "ca")
+    leaf = ca.leaf("router")
+    fields = {"tls_cert": str(leaf.cert), "tls_key": str(leaf.key)}
+    source = DicomSource(aet="ROUTER", targets=["pacs"], ca_cert=str(ca.ca), **fields).named("ct")
+    target = pacs(ca_cert=ca.ca.read_text())
+    both = pacs(ca_cert=ca.ca.read_text() + leaf.cert.read_text()).named("both")
+    gone = pacs(ca_cert=str(tmp_path / "none.pem")).named("gone")
+    known = {(one.of, one.whose): one for one in certificates.known("", [target, both, gone], {}, [source])}
+    assert known.keys() == {
+        ("pacs", "authority"), ("both", "authority"), ("ct", "senders"), ("ct", "listener"),
+    }  # fmt: skip
+    ends = {name: one.expires for name, one in known.items()}
+    assert ends["pacs", "authority"] == ends["ct", "senders"] != ends["ct", "listener"]
+    assert ends["both", "authority"] == max(ends.values())
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        expired = [certificates.KnownCertificate(*name, ends["pacs", "authority"] - 1e9) for name in known]
+        lookout._expiring(ledger, expired)
+        told = [one.about for one in ledger.happenings.waiting(9)]
+    assert {(one.get("target") or one.get("source"), one["whose"]) for one in told} == set(known)
+    assert [one["source"] for one in told if one["whose"] == "senders"] == ["ct"]
+
+
+def test_a_certificate_that_is_renewed_for_a_month_is_told_of_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+    told = []
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for days in (29.5, 6.5, 0.5, 29.9, 6.5, 6.4, 20, 0.9, -1, 60, 29):
+            now = lookout.certificates.time.time()
+            lookout._expiring(ledger, [certificates.KnownCertificate("pacs", "peer", now + days * peers.DAY_S)])
+            told.append(len(ledger.happenings.waiting(99)))
+    assert told == [1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6]

@@ -253,7 +253,7 @@ def _need(one: Attention) -> tuple[str, str]:
     """Return where to look, "" where no page is, and what is the matter."""
     values = {"name": one.name, "why": one.why, "count": one.count, "percent": f"{one.percent:.1f}"}
     key = f"home.{one.need}"
-    if one.need.endswith("certificate") or one.need.startswith("certificate."):
+    if one.need.endswith(("certificate", "authority")) or one.need.startswith("certificate."):
         key += ".over" if one.count < 0 else ""
     if one.need.startswith("source."):
         return SOURCE.one(one.name), text(key, **values)
