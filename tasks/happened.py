@@ -25,7 +25,7 @@ from typing import Any
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 
-from transfer.errors import Cancelled, DispatchError, Retryable
+from transfer.errors import Cancelled, DispatchError, Retryable, printable
 from transfer.home import host_name
 from transfer.ledger import Ledger
 from transfer.receipt import Receipt, State
@@ -145,11 +145,11 @@ def _hidden(words: str, paths: Iterable[str], files: Iterable[str] = ()) -> dict
     Args:
         files: that words may be about.
     """
-    known = [str(one) for one in paths]
-    names = {Path(one).name for one in (*known, *files)} - {""}
-    words = " ".join(words.split())[:WORDS_CHARS]
+    known = [printable(one) for one in paths]
+    names = {" ".join(Path(one).name.split()) for one in (*known, *map(printable, files))} - {""}
+    words = " ".join(words.split())
     plain = not PATH.search(words) and not any(name in words for name in names)
-    return {"paths": known[:MOST_PATHS], "words": words, "plain": plain}
+    return {"paths": known[:MOST_PATHS], "words": words[:WORDS_CHARS], "plain": plain}
 
 
 def _say(event: str, about: Mapping[str, Any]) -> None:

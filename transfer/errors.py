@@ -42,7 +42,7 @@ class DispatchError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, target: str = "", item: str | None = None) -> None:
-        message = message if message.isascii() else _shown(message)
+        message = message if message.isascii() else printable(message)
         super().__init__(message)
         self.message = message
         self.target = target
@@ -57,7 +57,7 @@ class DispatchError(Exception):
         return type(self), (self.message, self.target, self.item), dict(self.__dict__)
 
 
-def _shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return a text that every JSON may hold: bytes of a path that are not UTF-8 are escaped."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -30,6 +30,8 @@ PAUSED = "the rule is paused"  # the error of a message that waits for that alon
 KEPT = "kept"  # of the row with what has happened while a rule could not be loaded
 MOST_KEPT = 1000  # happenings of one such rule, the newest
 _KEY = "rule=? AND recipient=? AND number=?"
+STEP_S = 1.0  # by which a clock may be set back without a word
+_DUE = "(due<=? OR made>?) AND claimed<=?"  # one that is yet to be made is of a clock that was ahead
 _COLUMNS = "rule, recipient, number, state, body, version, made, due, tries, ended, error"
 
 
@@ -84,7 +86,9 @@ class Messages:
         if newest is not None and newest.state == OPEN and newest.tries == 0:
             return newest
         now = self._db.time()
-        due = max(now + group_s, (newest.ended or newest.due) + every_s) if newest else now + group_s
+        # A time that is yet to come is one of a clock that was ahead, and has been set right since.
+        last = (min(newest.ended, now) or newest.due) if newest else 0.0
+        due = max(now + group_s, last + every_s) if newest else now + group_s
         return StoredMessage(rule, recipient, newest.number + 1 if newest else 1, made=now, due=due)
 
     def save(self, one: StoredMessage) -> None:
@@ -171,20 +175,21 @@ class Messages:
         now = self._db.time()
         with self._db.reading():
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM messages WHERE state='open' AND due<=? AND claimed<=?"  # noqa: S608 - ours
+                f"SELECT {_COLUMNS} FROM messages WHERE state='open' AND {_DUE}"  # noqa: S608 - ours
                 " AND NOT EXISTS (SELECT 1 FROM messages AS earlier WHERE earlier.rule=messages.rule"
                 " AND earlier.recipient=messages.recipient AND earlier.state='open'"
                 " AND earlier.number<messages.number) ORDER BY due LIMIT ?",
-                (now, now, limit),
+                (now, now + STEP_S, now, limit),
             ).fetchall()
         mine = []
         for one in map(_message, rows):
             claim = self._db.execute(
-                f"UPDATE messages SET claimant=?, claimed=?, tries=tries+1, version=version+1 WHERE {_KEY}"  # noqa: S608
+                f"UPDATE messages SET claimant=?, claimed=?, made=?, tries=tries+1, version=version+1 WHERE {_KEY}"  # noqa: S608
                 " AND state='open' AND version=?",
-                (claimant, now + seconds, *one.key, one.version),
+                (claimant, now + seconds, min(one.made, now), *one.key, one.version),
             )
             if claim.rowcount == 1:
+                one.made = min(one.made, now)
                 one.tries, one.version = one.tries + 1, one.version + 1
                 mine.append(one)
         return mine
@@ -194,7 +199,8 @@ class Messages:
         now = self._db.time()
         with self._db.reading():
             row = self._db.execute(
-                "SELECT 1 FROM messages WHERE state='open' AND due<=? AND claimed<=? LIMIT 1", (now, now)
+                f"SELECT 1 FROM messages WHERE state='open' AND {_DUE} LIMIT 1",  # noqa: S608 - ours
+                (now, now + STEP_S, now),
             ).fetchone()
         return row is not None
 
@@ -215,9 +221,27 @@ class Messages:
         """End the claims of a process that is no more, whose successor we are."""
         self._db.execute("UPDATE messages SET claimed=0, claimant='' WHERE claimant=? AND state='open'", (claimant,))
 
-    def hurry(self, rule: str) -> None:
-        """Let what could not be sent be tried at once: the rule was changed."""
-        self._db.execute("UPDATE messages SET due=? WHERE rule=? AND state='open' AND tries>0", (self._db.time(), rule))
+    def hurry(self, rule: str, every_s: float, group_s: float) -> None:
+        """Let what could not be sent be tried at once, and what collects when it may: the rule has changed.
+
+        Args:
+            every_s, group_s: of the rule as it is now, as of `collecting`.
+        """
+        now = self._db.time()
+        self._db.execute("UPDATE messages SET due=? WHERE rule=? AND state='open' AND tries>0", (now, rule))
+        with self._db.reading():
+            rows = self._db.execute(
+                "SELECT recipient, number, made, coalesce((SELECT max(earlier.ended) FROM messages AS earlier"
+                " WHERE earlier.rule=messages.rule AND earlier.recipient=messages.recipient"
+                " AND earlier.number<messages.number), 0) FROM messages WHERE rule=? AND state='open' AND tries=0",
+                (rule,),
+            ).fetchall()
+        for recipient, number, made, last in rows:
+            due = max(made + group_s, min(last, now) + every_s if last else 0.0)
+            self._db.execute(
+                f"UPDATE messages SET due=? WHERE {_KEY} AND tries=0 AND due>?",  # noqa: S608 - ours
+                (due, rule, recipient, number, due),
+            )
 
     def drop(self, rule: str) -> None:
         """Forget the messages of a rule that was removed."""

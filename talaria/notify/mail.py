@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from email.message import EmailMessage
+from email.policy import default
 from email.utils import formatdate
 from typing import Any
 
@@ -21,6 +22,7 @@ from talaria.notify.errors import NotSent
 from talaria.notify.words import Letter
 from transfer.errors import DispatchError
 
+SEVEN_BIT = default.clone(cte_type="7bit")  # of text beyond ASCII: a server need not take eight (RFC 6152)
 FULL_NAME = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)+[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")
 
 
@@ -145,7 +147,7 @@ class _Sender:
             smtp.close()
 
     def _message(self) -> EmailMessage:
-        one, message = self.one, EmailMessage()
+        one, message = self.one, EmailMessage(SEVEN_BIT)
         message["From"], message["To"], message["Subject"] = self.rule.sender, one.recipient, one.subject
         message["Date"] = formatdate(usegmt=True)
         message["Message-ID"] = f"<{one.id}@{self.rule.sender.rpartition('@')[2]}>"  # the same in every try

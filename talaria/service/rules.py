@@ -152,7 +152,7 @@ async def save_rule(office: Office, rule: Rule, before: Rule | None, action: str
         if type_of(document) != rule.type_name and action not in PAUSING:
             await office.client.delete_block_document(document.id)
             await recorded.rule_changed(office, rule.name, "removed", [])
-    await _hurry(office, rule.name)
+    await _hurry(office, rule)
     await recorded.rule_changed(office, rule.name, action, differing(rule, before))
 
 
@@ -190,12 +190,12 @@ def _check(rule: Rule) -> None:
             raise Misconfigured(f"rule {rule.name}: {exc}") from exc
 
 
-async def _hurry(office: Office, name: str) -> None:
-    """Let messages that could not be sent be tried at once with the rule as it is now."""
+async def _hurry(office: Office, rule: Rule) -> None:
+    """Let messages that wait go out as the rule is now: those that could not be sent, at once."""
 
     def hurry() -> None:
         with Ledger(office.home.ledger) as ledger:
-            ledger.messages.hurry(name)
+            ledger.messages.hurry(rule.name, rule.every_s, rule.group_s)
 
     await asyncio.to_thread(hurry)
 

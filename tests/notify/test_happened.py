@@ -14,7 +14,12 @@ from transfer.ledger import Ledger
 from transfer.outcome import Kind
 from transfer.receipt import ItemResult, Receipt, State
 
-ITEMS = (ItemResult("in/DOE_JOHN.dcm", "1.2", Kind.REJECTED, "A900"), ItemResult("in/b.dcm", "1.3", Kind.DELIVERED))
+ITEMS = (
+    ItemResult("in/DOE_JOHN.dcm", "1.2", Kind.REJECTED, "A900"),
+    ItemResult("in/ROE  JANE.dcm", "1.4", Kind.ALREADY, "A900"),
+    ItemResult("in/M\udcfcller.dcm", "1.5", Kind.ALREADY, "A900"),
+    ItemResult("in/b.dcm", "1.3", Kind.DELIVERED),
+)
 OUTAGES = (Unreachable, TimedOut, Busy, Interrupted)
 
 
@@ -36,6 +41,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ("DOE_JOHN.dcm has changed", False),
         ("study-4711 is not there", False),
         ("https://xnat.example.org/data/subjects/DOE answers 404", False),
+        ("ROE JANE.dcm has changed", False),
+        ("M\\xfcller.dcm has changed", False),
+        (f"{'x' * 290} DOE_JOHN.dcm", False),
     ],
 )
 def test_a_sentence_that_may_name_a_path_or_a_file_is_not_for_everybody(
@@ -45,7 +53,7 @@ def test_a_sentence_that_may_name_a_path_or_a_file_is_not_for_everybody(
         receipt = Receipt("pacs", ITEMS, error=error)
         dispatch_ended(ledger, "r1", "d1", receipt, Cause.OUTAGE, ["/data/study-4711"])
         (one,) = ledger.happenings.waiting(9)
-    assert one.about["plain"] is plain and one.about["words"] == error
+    assert one.about["plain"] is plain and one.about["words"] == error[:300]
     assert not {"paths", "words", "plain"} & said[0].keys() and "DOE" not in str(said[0])
     assert (one.event, said[0]["rejected"], said[0]["delivered"]) == ("dispatch.partial", 1, 1)
 
@@ -53,9 +61,9 @@ def test_a_sentence_that_may_name_a_path_or_a_file_is_not_for_everybody(
 @pytest.mark.parametrize(
     ("receipt", "error", "cause"),
     [
-        (Receipt("pacs", ITEMS[1:]), None, Cause.NONE),
+        (Receipt("pacs", ITEMS[3:]), None, Cause.NONE),
         (Receipt("pacs", ITEMS), None, Cause.REJECTED),
-        (Receipt("pacs", ITEMS[1:], hook="failed"), None, Cause.SCRIPT),
+        (Receipt("pacs", ITEMS[3:], hook="failed"), None, Cause.SCRIPT),
         (Receipt("pacs", (), stopped=State.CANCELLED), None, Cause.NONE),
         *[
             (Receipt("pacs", ITEMS, error="x"), one("x"), Cause.OUTAGE)

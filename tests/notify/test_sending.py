@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -88,6 +89,15 @@ def test_an_e_mail_arrives_over_tls_with_a_login(mail: tuple[MailServer, dict[st
     assert message["Subject"] == "[Talaria host-1] pacs: 2 dispatches failed (outage)"
     assert message["Message-ID"] == "<home-ops-7@example.org>" and message["Auto-Submitted"] == "auto-generated"
     assert "may pass by itself" in message.get_content()
+
+
+def test_text_beyond_ascii_is_sent_in_seven_bits(mail: tuple[MailServer, dict[str, Any]]) -> None:
+    server, fields = mail
+    one = made()
+    send(EmailRule(**fields), replace(one, text=one.text + "Zugriff verweigert für 田中\n"))
+    (message,) = server.to(TO)
+    assert "Zugriff verweigert für 田中" in message.get_content()
+    assert message["Content-Transfer-Encoding"] in ("base64", "quoted-printable")
 
 
 @pytest.mark.parametrize(

@@ -126,12 +126,49 @@ def test_a_message_that_failed_is_due_again_and_then_given_up(where: Path | str)
         ledger.messages.settle(one, OPEN, "refused", again=ledger.now() + 3600)
         assert ledger.messages.claimed("me", 60, 9) == []
         assert ledger.messages.counts() == {("ops", "late"): 1}
-        ledger.messages.hurry("ops")
+        ledger.messages.hurry("ops", 600, 30)
         (one,) = ledger.messages.claimed("me", 60, 9)
         assert one.tries == 2
         ledger.messages.settle(one, FAILED, "refused")
         (last,) = ledger.messages.newest("ops", 5)
         assert (last.state, last.error, last.tries) == (FAILED, "refused", 2)
+
+
+def test_a_message_that_waits_is_due_as_a_changed_rule_says(where: Path | str) -> None:
+    with Ledger(where) as ledger:
+        collect(ledger, 1, group_s=86_400)
+        ledger.messages.hurry("ops", 600, 3600)
+        assert ledger.messages.claimed("me", 60, 9) == []
+        assert ledger.messages.newest("ops", 1)[0].due <= ledger.now() + 3600
+        ledger.messages.hurry("ops", 600, 0)
+        (one,) = ledger.messages.claimed("me", 60, 9)
+        ledger.messages.settle(one, SENT)
+        collect(ledger, 1, every_s=86_400)
+        ledger.messages.hurry("ops", 600, 0)
+        assert ledger.messages.claimed("me", 60, 9) == []
+        ledger.messages.hurry("ops", 0, 0)
+        assert len(ledger.messages.claimed("me", 60, 9)) == 1
+
+
+def test_messages_go_on_when_a_clock_that_was_ahead_is_set_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        with monkeypatch.context() as ahead:
+            ahead.setattr(ledger.messages._db, "time", lambda: time.time() + 86_400 * 365)
+            collect(ledger, 1)
+            (one,) = ledger.messages.claimed("me", 60, 9)
+            ledger.messages.settle(one, SENT)
+            collect(ledger, 1, every_s=600)
+        (two,) = ledger.messages.claimed("me", 60, 9)
+        assert two.made <= ledger.now()
+        ledger.messages.settle(two, OPEN, "refused", again=ledger.now() + 60)
+        assert not ledger.messages.due()
+        ledger.messages.hurry("ops", 0, 0)
+        (two,) = ledger.messages.claimed("me", 60, 9)
+        ledger.messages.settle(two, SENT)
+        collect(ledger, 1, every_s=0)
+        assert len(ledger.messages.claimed("me", 60, 9)) == 1
 
 
 def test_a_message_waits_for_its_group_and_for_its_rate(where: Path | str) -> None:
