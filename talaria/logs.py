@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
@@ -75,6 +76,27 @@ def set_up() -> None:
                     handler.addFilter(one)
                 logger.removeHandler(old)
                 logger.addHandler(handler)
+        _take_the_rest(formatter)
+
+
+def _take_the_rest(formatter: logging.Formatter) -> None:
+    """Log what would be written beside the logs: warnings, records that nobody handles, errors that nobody caught."""
+    if not logging.root.handlers:
+        handler = _Handler(sys.stderr)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(formatter)
+        logging.root.addHandler(handler)
+    logging.captureWarnings(True)
+    sys.excepthook = lambda kind, error, trace: _uncaught("this process ends", (kind, error, trace))
+    threading.excepthook = lambda args: _uncaught(
+        f"the thread {args.thread.name if args.thread else ''} ends",
+        (args.exc_type, args.exc_value, args.exc_traceback),
+    )
+
+
+def _uncaught(what: str, error: Any) -> None:
+    if not issubclass(error[0], SystemExit):
+        logging.getLogger("talaria").critical("%s: %s", what, error[0].__name__, exc_info=error)
 
 
 def _prints(handler: logging.Handler) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,6 +90,8 @@ def test_an_error_s_trace_stays_in_its_line_and_text_stays_text(
     known = {name: list(logging.getLogger(name).handlers) for name in logs.OURS}
     root = list(logging.root.handlers)
     monkeypatch.setenv("TALARIA_LOG_JSON", "1")
+    for module in (sys, threading):
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
     try:
         for name in logs.OURS:
             logging.getLogger(name).handlers.clear()
@@ -111,6 +115,7 @@ def test_an_error_s_trace_stays_in_its_line_and_text_stays_text(
         logs.changed("run.running", "run r1 begins", run="r1")
         assert capsys.readouterr().err.rstrip().endswith("| INFO    | talaria.state - run.running: run r1 begins")
     finally:
+        logging.captureWarnings(False)
         for name, before in known.items():
             logging.getLogger(name).handlers[:] = before
             logging.getLogger(name).propagate = True
@@ -129,3 +134,22 @@ def test_settings_that_were_applied_can_be_read_again(monkeypatch: pytest.Monkey
     with mock.patch.dict(os.environ, {"TALARIA_HOME": str(tmp_path)}):
         first = load_settings()
         assert load_settings() == first and not first.log_json
+
+
+def test_what_nobody_catches_or_handles_is_json_as_well() -> None:
+    """A warning, a record of a library's, an error that ends a thread, and one that ends the process."""
+    program = (
+        "import logging, threading, warnings; from talaria import logs; logs.set_up();"
+        "warnings.warn('an old call'); logging.getLogger('asyncio').error('a task');"
+        "thread = threading.Thread(target=lambda: 1 / 0, name='lost'); thread.start(); thread.join();"
+        "raise ValueError('the end\\nof it')"
+    )
+    env = os.environ | {"TALARIA_LOG_JSON": "yes"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 1 and len(found) == 4
+    said = [one["message"] for one in found]
+    assert "an old call" in said[0] and said[1:] == [
+        "a task", "the thread lost ends: ZeroDivisionError", "this process ends: ValueError",
+    ]  # fmt: skip
+    assert [one["exception"].splitlines()[-1] for one in found[2:]] == ["ZeroDivisionError: division by zero", "of it"]
