@@ -145,5 +145,5 @@ def test_what_is_shown_of_a_target_are_its_own_values() -> None:
 )
 def test_yes_is_no_number(kind: Any, types: Any, values: str, words: str) -> None:
     with pytest.raises(Misconfigured) as caught:
-        targetfile.entry(kind, types, "a", yaml.safe_load(values), fill=False)
+        targetfile.entry(kind, types, "a", yaml.safe_load(values))
     assert words in str(caught.value) and ";" not in str(caught.value)
