@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,20 @@ def test_errors_have_one_form(app: FastAPI) -> None:
     for kind in ("application/json", "text/plain"):
         broken = ask(app, "POST", "/dispatches", content=b"{", headers={"Content-Type": kind})
         assert "JSON object" in broken.json()["error"]
+    of_json = {"Content-Type": "application/json"}
+    for body in (
+        b'{"paths": ["/M\xfcller"]}',
+        b'{"paths": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        gzip.compress(b"{}"),
+    ):
+        broken = ask(app, "POST", "/dispatches", content=body, headers=of_json)
+        assert broken.status_code == 422 and "JSON object in UTF-8" in broken.json()["error"]
+    for number in (b"1e300", b"Infinity", b"NaN", b"-1"):
+        wrong = ask(app, "POST", "/prune", Role.ADMIN, content=b'{"older_than_s": ' + number + b"}", headers=of_json)
+        assert wrong.status_code == 422 and "older_than_s: must be a number" in wrong.json()["error"]
+    slashed = ask(app, "POST", "/dispatches/", json={})
+    assert slashed.status_code == 404 and "no such route" in slashed.json()["error"]
     away = ask(app, "GET", "/targets")
     assert away.status_code == 503 and "Prefect server" in away.json()["error"]
     assert ask(app, "GET", "/health", None).status_code == 401  # the gate names whoever asks, nobody too

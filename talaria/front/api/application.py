@@ -82,6 +82,7 @@ def _application(reach: Reach) -> FastAPI:
         openapi_url="/openapi.json",
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # behind a proxy with TLS, it would lead to http
         root_path_in_servers=False,
         servers=[{"url": PATH}],
     )

@@ -24,6 +24,7 @@ from transfer.validation import what_is_wrong
 logger = logging.getLogger(__name__)
 WRONG, MISSING, CONFLICT, TARGET, AWAY, BUG = 422, 404, 409, 502, 503, 500
 
+_BODY = "the body must be a JSON object in UTF-8, not compressed (Content-Type application/json)"
 _NO_JSON = ("json_invalid", "model_attributes_type")  # pydantic's names of what is wrong with a whole body
 
 
@@ -84,7 +85,7 @@ def add_to(app: FastAPI) -> None:
             for one in errors
             if one["type"] not in _NO_JSON and (one["loc"], one["type"]) != none
         ]
-        return said(WRONG, what_is_wrong(plain, {}) or "the body must be a JSON object (Content-Type application/json)")
+        return said(WRONG, what_is_wrong(plain, {}) or _BODY)
 
     async def http(request: Request, exc: Exception) -> JSONResponse:
         status = exc.status_code if isinstance(exc, HTTPException) else BUG
@@ -92,6 +93,8 @@ def add_to(app: FastAPI) -> None:
             404: "there is no such route: see openapi.json",
             405: "this route has no such method: see openapi.json",
         }
+        if status == 400:  # of FastAPI, for a body that is no text, or JSON that Python does not read
+            return said(WRONG, _BODY)
         detail = exc.detail if isinstance(exc, HTTPException) else ""
         return said(status, words.get(status, str(detail)), getattr(exc, "headers", None))
 

@@ -19,6 +19,7 @@ COLLECTIONS = {
     "retrievals": ("retrieval",),
     "queries": ("query",),
 }
+LONGEST_S = 36_500 * 86_400  # as `keep_days`
 All = Annotated[bool, Query(description="List delivered items too.")]
 GivenUp = Annotated[bool, Query(description="List only those that were given up.")]
 Only = Annotated[str, Query(description="Of a dispatch, the one target that is tried again.")]
@@ -51,7 +52,7 @@ class Destinations(RequestBody):
 class Age(RequestBody):
     """What is old."""
 
-    older_than_s: float = Field(ge=0, description="Seconds.")
+    older_than_s: float = Field(ge=0, le=LONGEST_S, description="Seconds.")
 
 
 @needs(Role.OPERATOR)
