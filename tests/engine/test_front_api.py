@@ -185,6 +185,7 @@ def test_scripts_hear_all_that_happens_and_what_they_have_missed(
     hear(missed, headers={"Last-Event-ID": last})
     assert last not in {number for number, _, _ in seen}
     assert "Scheduled" in [one["state"] for _, name, one in seen if name == "run" and one["id"] == missed]
+    hear("", headers={"Last-Event-ID": "2999-01-01T00:00:00Z/x"})  # of a clock that was ahead
 
 
 @pytest.mark.timeout(120)
@@ -257,6 +258,9 @@ def test_so_many_streams_are_open_at_once_and_no_more(up: Talaria) -> None:
 def test_an_event_id_that_is_none_is_refused(api: httpx.Client) -> None:
     answer = api.get("/events", headers={"Last-Event-ID": "yesterday"})
     assert answer.status_code == 422 and "Last-Event-ID" in answer.json()["error"]
+    with api.stream("GET", "/events", headers={"Last-Event-ID": "0001-01-01T00:00:00Z/x"}) as old:
+        lines = old.iter_lines()
+        assert next(lines) == "event: open" and '"missed": true' in next(lines)
 
 
 def test_the_same_key_is_the_same_dispatch(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ async def follow_all(request: Request, who: Who, last_event_id: LastSeen = "") -
 
 async def _events(prefect: Upstream, last: str) -> AsyncIterator[Event]:
     time, _, seen = last.partition("/")
-    since, now = _time(time) if last else None, datetime.now(UTC)
+    now = datetime.now(UTC)
+    # One that is yet to come is of a clock that was ahead: nothing would be heard until then.
+    since = min(max(_time(time), now - 2 * KEPT), now) if last else None
     begin = (since or now) - timedelta(seconds=SOME_S)
     about = {
         "event": {"prefix": [RUN, OURS], "exclude_name": [HEARTBEAT]},
