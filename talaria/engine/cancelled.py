@@ -28,6 +28,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from tasks.dispatch import kept, rest
+from tasks.dispatch.asked import asked_list
 from tasks.dispatch.ends import UNKNOWN, say_stopped, unsaid_is_no_failure
 from tasks.names import split
 from tasks.paging import every
@@ -127,8 +128,8 @@ async def was_cut_off(client: PrefectClient, flow_run: FlowRun, why: str = "") -
 
 async def _say(client: PrefectClient, ledger: Ledger, flow_run: FlowRun, mark: str, given_up: str = "") -> None:
     document = await kept.read(client, flow_run.id) or {}
-    names = [await _known(client, str(name)) for name in flow_run.parameters["targets"]]
-    paths = [str(one) for one in flow_run.parameters["paths"]]
+    names = [await _known(client, name) for name in asked_list(flow_run.parameters, "targets")]
+    paths = asked_list(flow_run.parameters, "paths")
     what = ledger, str(flow_run.id), mark, list(dict.fromkeys(names)), paths, document
     await asyncio.to_thread(say_stopped, *what, given_up=given_up)
 

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 
+from tasks.dispatch.asked import asked_list
 from transfer import roots
 from transfer.errors import DispatchError
 from transfer.home import host_name
@@ -102,8 +103,8 @@ def _paths(parameters: Mapping[str, Any], lines: Mapping[str, list[str]] = Mappi
     Args:
         lines: what lists name, by their paths; it follows the paths that the run is asked for.
     """
-    found, into = parameters.get("paths") or [], parameters.get("into")
-    paths = [*([found] if isinstance(found, str) else map(str, found)), *([str(into)] if into else [])]
+    found, into = parameters.get("paths"), parameters.get("into")
+    paths = [*([found] if isinstance(found, str) else asked_list(parameters, "paths")), *([str(into)] if into else [])]
     return [*paths, *(line for path in paths for line in lines.get(path, ()) if _is_of_lists(parameters))]
 
 

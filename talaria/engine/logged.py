@@ -8,6 +8,7 @@ from prefect.client.schemas.objects import FlowRun, State
 
 from talaria.engine import runs
 from talaria.logs import changed
+from tasks.dispatch.asked import asked_list
 from transfer.ledger import Ledger
 
 
@@ -32,7 +33,7 @@ def _about(flow_run: FlowRun, dispatch: str) -> dict[str, Any]:
         "run": str(flow_run.id),
         "dispatch": dispatch,
         "kind": "check" if "target" in asked else "batch" if [*asked] == ["source"] else runs.kind_of(flow_run),
-        "targets": [str(one) for one in asked.get("targets") or ()] or None,
+        "targets": asked_list(asked, "targets") or None,
         "source": asked.get("source"),
         "part": (flow_run.run_count or 0) + 1,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from talaria.settings import POOL
 from tasks.dispatch.asked import name_for, unplanned
 
 KNOWN_S = 30.0  # for which a deployment is taken for ours, or not: somebody may give it another pool
+ENFORCES = "enforce_parameter_schema"  # by which Prefect's pages, too, let a run be made with what does not fit
 PRIORITIES = QUEUES.keys() - {CHECKS}
 _CREATES = re.compile(r"/api(/deployments/[0-9a-fA-F-]{32,36})/create_flow_run(?:/bulk)?/?")
 
@@ -118,16 +120,20 @@ class _Inserting:
 
 
 def _put_right(body: bytes, ours: _Deployment) -> bytes | None:
-    """Return the body with each run's queue and name; None if they are right, or it is Prefect's to refuse."""
+    """Return the body with each run's queue and name, its parameters to be checked; None if it is right, or no JSON."""
     try:
         document = json.loads(body)
-        runs: list[Any] = document if isinstance(document, list) else [document]
-        right = [{"work_queue_name": _queue(run, ours), "name": _name(run)} for run in runs]
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, RecursionError):
         return None
     wrong = False
-    for run, values in zip(runs, right, strict=True):
-        for key, value in values.items():
+    for run in document if isinstance(document, list) else [document]:
+        if not isinstance(run, dict):
+            continue
+        # Parameters of any type would end whatever lists runs: our deployments' own setting holds.
+        right: dict[str, Any] = {ENFORCES: None} if ENFORCES in run else {}
+        with suppress(AttributeError, TypeError):
+            right |= {"work_queue_name": _queue(run, ours), "name": _name(run)}
+        for key, value in right.items():
             if run.get(key) != value:
                 run[key], wrong = value, True
     return json.dumps(document).encode() if wrong else None

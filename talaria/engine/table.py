@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_type_hints
 from uuid import UUID
 
 from prefect import Flow
@@ -14,12 +16,17 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Failed
+from pydantic import BaseModel, ValidationError, create_model
 
 from flows.batch import batch
 from flows.check import check
 from flows.dispatch import dispatch
 from flows.find import find
 from flows.retrieve import retrieve
+from tasks.dispatch.asked import asked_list
+from tasks.dispatch.ends import say_unfit
+from tasks.targets import TARGETS
+from transfer.validation import numbers_only, what_is_wrong
 
 DEPLOYED_S = 60.0  # how long it is known which flow a deployment is of
 FLOWS: dict[str, tuple[Flow[..., Any], str]] = {
@@ -68,7 +75,17 @@ class Flows:
             why = _misfit(flow, flow_run.parameters)
         if why:
             await self._client.set_flow_run_state(flow_run.id, Failed(message=f"Not run: {why}."), force=True)
+            if flow is dispatch:
+                await self._say(flow_run, why)
         return None if why else flow
+
+    async def _say(self, flow_run: FlowRun, why: str) -> None:
+        """Say of a dispatch that can't begin so that it has failed, at those of its targets that are there."""
+        written = asked_list(flow_run.parameters, "targets")
+        names = {name.strip().rpartition("/")[2] for name in written} - {""}
+        there = {str(one.name) for one in await TARGETS.documents(self._client, names)} if names else set()
+        paths = asked_list(flow_run.parameters, "paths")
+        await asyncio.to_thread(say_unfit, str(flow_run.id), sorted(there), paths, f"not run: {why}")
 
 
 def _misfit(flow: Flow[..., Any], given: Mapping[str, Any]) -> str:
@@ -78,4 +95,20 @@ def _misfit(flow: Flow[..., Any], given: Mapping[str, Any]) -> str:
     missing = [name for name, one in own.items() if one.default is one.empty and name not in given]
     if unknown:
         return f"{flow.name} has no parameter {', '.join(unknown)}; it has {', '.join(own)}"
-    return f"it needs {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"it needs {', '.join(missing)}"
+    model = _model(flow)
+    try:
+        model.model_validate(numbers_only(dict(given), model.model_fields))
+    except ValidationError as exc:
+        return what_is_wrong(exc.errors(), model.model_fields)
+    return ""
+
+
+@functools.cache
+def _model(flow: Flow[..., Any]) -> type[BaseModel]:
+    """Return a flow's parameters as a model: Prefect would make one for each run."""
+    hints = get_type_hints(flow.fn)
+    own = inspect.signature(flow.fn).parameters.values()
+    fields: Any = {one.name: (hints[one.name], ... if one.default is one.empty else one.default) for one in own}
+    return create_model(flow.name, **fields)

@@ -34,6 +34,7 @@ from talaria.metrics import certificates, disks, peers
 from talaria.notify import dead
 from tasks.checking import last_checks
 from tasks.dispatch import rest, running
+from tasks.dispatch.asked import asked_list
 from tasks.dispatch.hours import off_peak
 from tasks.happened import happened
 from tasks.paging import every
@@ -203,7 +204,7 @@ def _say_late(ledger: Ledger, run: FlowRun, late_s: int, again: str) -> None:
     Args:
         again: names the time at which it was asked for again; "" for the first one.
     """
-    for name in {str(one).rpartition("/")[2] for one in run.parameters.get("targets") or ()}:
+    for name in {one.rpartition("/")[2] for one in asked_list(run.parameters, "targets")}:
         known = {"target": name, "run": str(run.id), "dispatch": runs.dispatch_of(run), "late_s": late_s}
         happened(ledger, RuleEvent.LATE, known, key=f"late/{run.id}/{name}/{late_s}{again}")
 

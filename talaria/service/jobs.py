@@ -19,7 +19,7 @@ from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
 from tasks.crashed import is_over
 from tasks.dispatch import breaker, kept, progress, rest, running
-from tasks.dispatch.asked import check_asked
+from tasks.dispatch.asked import asked_list, check_asked
 from tasks.dispatch.audited import requester
 from tasks.dispatch.hours import check_hours
 from tasks.names import split
@@ -65,8 +65,8 @@ def line(flow_run: FlowRun) -> dict[str, Any]:
         "kind": runs.kind_of(flow_run),
         "source": flow_run.parameters.get("source", ""),
         "dispatch_id": runs.dispatch_of(flow_run),
-        "targets": list(flow_run.parameters.get("targets", [])),
-        "paths": list(flow_run.parameters.get("paths", [])),
+        "targets": asked_list(flow_run.parameters, "targets"),
+        "paths": asked_list(flow_run.parameters, "paths"),
         "by": requester(flow_run),
         "begun": begun.isoformat(timespec="seconds") if begun else None,
         "ended": flow_run.end_time.isoformat(timespec="seconds") if flow_run.end_time else None,
@@ -124,7 +124,7 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
     run_id = str(flow_run.id)
     if only:
         only = split(only)[1]
-        targets = [split(name)[1] for name in flow_run.parameters.get("targets", ())]
+        targets = [split(name)[1] for name in asked_list(flow_run.parameters, "targets")]
         if runs.kind_of(flow_run) != "dispatch" or only not in targets:
             raise Misconfigured(f"{only} is not one of the targets of {run_id}: {', '.join(targets)}")
     if flow_run.state and flow_run.state.is_final():
@@ -144,7 +144,7 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
 def _reached(flow_run: FlowRun, only: str) -> list[str]:
     """Return the targets that a retry of a job asks something of."""
     asked = flow_run.parameters
-    return [only] if only else [name for name in (asked.get("source"), *asked.get("targets", ())) if name]
+    return [only] if only else [name for name in (asked.get("source"), *asked_list(asked, "targets")) if name]
 
 
 def _begin_anew(office: Office, run_id: str, targets: list[str]) -> None:
@@ -318,7 +318,7 @@ def _unread(flow_run: FlowRun) -> dict[str, Any]:
     """Return the receipts of a dispatch that rests and has read no files; none if it doesn't rest."""
     if flow_run.state is None or not rest.awaited(flow_run.state.message or ""):
         return {}
-    names = dict.fromkeys(split(str(name))[1] for name in flow_run.parameters.get("targets") or ())
+    names = dict.fromkeys(split(name)[1] for name in asked_list(flow_run.parameters, "targets"))
     waiting = (Receipt(name, (), attempts=0, stopped=State.WAITING) for name in names)
     return {one.target: one.to_json(all_items=True) for one in waiting}
 

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from blocks import Target
 from talaria.engine.runs import jobs
 from talaria.service import Office
+from tasks.dispatch.asked import asked_list
 from transfer.happenings import HOUR_S, HourSum
 from transfer.ledger import Ledger
 
@@ -124,7 +125,7 @@ async def days(office: Office, name: str, count: int) -> list[Day]:
 
 def names_of(run: FlowRun) -> list[str]:
     """Return the names of a dispatch's targets, without their types; whoever made the run may have written anything."""
-    return [str(one).rpartition("/")[2] for one in run.parameters.get("targets") or ()]
+    return [one.rpartition("/")[2] for one in asked_list(run.parameters, "targets")]
 
 
 def leads_to(target: Target) -> str:

@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from talaria.engine import runs
 from talaria.service import Office
+from tasks.dispatch.asked import asked_list
 from transfer.audit import Event, record
 
 EVENTS = {"dispatch": Event.DISPATCH, "retrieval": Event.RETRIEVAL, "query": Event.QUERY}
@@ -19,7 +20,7 @@ async def job(office: Office, flow_run: FlowRun, action: str) -> None:
     kind = runs.kind_of(flow_run)
     about = {
         "source": flow_run.parameters.get("source", ""),
-        "targets": flow_run.parameters.get("targets", []),
+        "targets": asked_list(flow_run.parameters, "targets"),
         "into": flow_run.parameters.get("into", ""),
     }
     await _record(office, EVENTS[kind], action=action, run=str(flow_run.id), **about)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prefect import get_client
 from prefect.context import FlowRunContext
@@ -23,6 +24,12 @@ _MADE_UP = re.compile(
     r"Practical|Ergonomic|Handcrafted|Tasty|Handmade|Incredible)-[A-Z][A-Za-z' -]{0,5}"
 )
 _NAMED = re.compile(rf"([0-9a-f]{{{DISPATCH_ID_CHARS}}}) to ")
+
+
+def asked_list(parameters: Mapping[str, Any], name: str) -> list[str]:
+    """Return the names or paths that a run's parameters list; whoever made it may have written anything."""
+    found = parameters.get(name)
+    return [str(one) for one in found] if isinstance(found, list | tuple) else []
 
 
 def check_asked(paths: Sequence[str], targets: Sequence[str]) -> None:

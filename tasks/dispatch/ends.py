@@ -16,11 +16,12 @@ from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
 
 from tasks.dispatch import audited, line, rest, running
+from tasks.dispatch.asked import asked_list
 from tasks.dispatch.delivery import Delivery
 from tasks.happened import WORDS_CHARS, Cause, cause_of, dispatch_ended, dispatch_refused
 from transfer.database import LOST
 from transfer.deliveries import Standing
-from transfer.errors import Cancelled, Denied, DispatchError, LedgerAway
+from transfer.errors import Cancelled, Denied, DispatchError, LedgerAway, Misconfigured
 from transfer.happenings import CANCELLED
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -75,6 +76,17 @@ def say_refused(error: BaseException) -> None:
             if left:  # what an earlier part of it has brought stays
                 ledger.deliveries.stand(run_id, state, [Standing(name, state, 0, 0, words) for name in left])
             dispatch_refused(ledger, run_id, _known.get() or (UNKNOWN,), error, paths)
+
+
+def say_unfit(run_id: str, targets: Sequence[str], paths: list[str], words: str) -> None:
+    """Say that a dispatch has failed whose run can't begin with what it was asked for.
+
+    Args:
+        targets: those that it names and that are there.
+    """
+    with unsaid_is_no_failure(run_id), Ledger(Home.current().ledger) as ledger:
+        ledger.deliveries.stand(run_id, State.FAILED, [Standing(one, State.FAILED, 0, 0, words) for one in targets])
+        dispatch_refused(ledger, run_id, targets or (UNKNOWN,), Misconfigured(words), paths)
 
 
 def say_stopped(
@@ -180,4 +192,4 @@ def _asked() -> tuple[str, list[str]]:
     asked = (context and context.parameters) or {}
     if context is None or context.flow_run is None or "source" in asked:
         return "", []
-    return str(context.flow_run.id), [str(one) for one in asked.get("paths") or ()]
+    return str(context.flow_run.id), asked_list(asked, "paths")

@@ -7,10 +7,17 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.client.schemas.objects import FlowRun
 
+from flows.dispatch import dispatch
+from flows.retrieve import retrieve
+from talaria.engine import logged
+from talaria.engine.table import _misfit
+from talaria.service import jobs, overview
 from talaria.testing import studies
 from tasks.dispatch import asked
 from tests.engine.material import folder
@@ -45,6 +52,7 @@ def create(up: Talaria, flow: str, **body: Any) -> httpx.Response:
         ({"paths": ["/nowhere/at/all"]}, "/nowhere/at/all: no such file or folder"),
         ({"targets": []}, "no target is named"),
         ({"targets": ["nobody"]}, "no target named nobody"),
+        ({"colour": 1}, "Not run: dispatch has no parameter colour"),
     ],
 )
 def test_a_dispatch_that_cant_be_done_fails_at_once_in_words(
@@ -58,6 +66,42 @@ def test_a_dispatch_that_cant_be_done_fails_at_once_in_words(
     found = up.run(run)
     assert words in found["state"]["message"]
     assert found["name"] == f"to {', '.join(change.get('targets', ['there'])) or 'nobody'}"
+    log = up.home / "logs" / "worker.log"
+    name = "there" if change.keys() & {"colour"} or "file or folder" in words else "(unknown)"
+    up.until(lambda: f"dispatch.failed: {name} (refused)" in log.read_text())
+
+
+def test_what_fits_no_parameter_is_refused_whatever_its_maker_says_of_checks(up: Talaria) -> None:
+    """Prefect's pages offer to leave checks out; `targets: 5` would end each list of runs."""
+    for wrong in ({"targets": 5}, {"paths": "/x"}, {"priority": {"a": 1}}, {"force": "maybe"}):
+        asked = {"paths": ["/x"], "targets": ["there"]} | wrong
+        for more in ({}, {"enforce_parameter_schema": False}):
+            assert create(up, "dispatch", parameters=asked, **more).status_code == 409
+    assert create(up, "retrieve", parameters={}, enforce_parameter_schema=False).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"paths": ["/x"], "targets": ["a"]}, ""),
+        ({"paths": [], "targets": ["a"], "priority": "urgent", "force": True, "each": ""}, ""),
+        ({"paths": ["/x"]}, "it needs targets"),
+        ({"paths": ["/x"], "targets": 5}, "targets: must be a list, as in [one, two]"),
+        ({"paths": [None], "targets": ["a"]}, "paths.0: must be text: put it in quotes, or leave the field out"),
+        ({"paths": ["/x"], "targets": ["a"], "priority": 7}, "priority: must be 'urgent', 'normal' or 'offpeak'"),
+        ({"source": "a", "studies_per_hour": True}, "studies_per_hour: must be a whole number"),
+    ],
+)
+def test_parameters_that_fit_no_flow_are_named(given: dict[str, Any], words: str) -> None:
+    assert _misfit(retrieve if "source" in given else dispatch, given) == words
+
+
+def test_a_run_with_any_parameters_can_be_listed() -> None:
+    """As one that was made at a server elsewhere, past our door."""
+    for odd in (5, True, {"a": 1}, "pacs", None, [None, 5, ["x"]]):
+        run = FlowRun(flow_id=uuid4(), name="odd", parameters={"paths": odd, "targets": odd, "source": odd})
+        assert all(isinstance(one, str) for name in ("targets", "paths") for one in jobs.line(run)[name])
+        assert overview.names_of(run) is not None and logged._about(run, "")["run"] == str(run.id)
 
 
 def test_a_name_that_nothing_can_be_asked_with_is_refused_in_words() -> None:

@@ -223,6 +223,8 @@ def test_a_run_is_created_in_the_queue_of_its_priority(pool: str, path: str) -> 
         assert run["work_queue_name"] == ("urgent@there" if ours else queue)
     for odd in ({}, {"parameters": None}, {"parameters": {"priority": []}}, {"parameters": {"priority": "checks"}}):
         assert created(where, odd, path) == odd
+        run = created(where, odd | {"enforce_parameter_schema": False}, path)
+        assert run["enforce_parameter_schema"] is (None if ours else False)
 
 
 @pytest.mark.parametrize(
