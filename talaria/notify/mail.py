@@ -16,7 +16,7 @@ from email.policy import default
 from email.utils import formatdate
 from typing import Any
 
-from blocks.rule import EmailRule, MailSecurity
+from blocks.rule import PORTS, EmailRule, MailSecurity
 from protocols.net.tls import Tls
 from talaria.notify.errors import NotSent
 from talaria.notify.words import Letter
@@ -60,6 +60,7 @@ class _Sender:
         self.rule, self.one = rule, one
         self._stopped, self._turn = False, threading.Lock()
         self._connection: socket.socket | None = None
+        self._connected = self._greeted = False
 
     def stop(self) -> None:
         """Break off, also within the handshake or an answer that has no end."""
@@ -80,6 +81,7 @@ class _Sender:
                 sock.close()
                 raise NotSent("its time was up")
             self._connection = sock.dup()  # TLS takes the socket over
+            self._connected = True
 
     def send(self) -> None:
         where = "{}:{}".format(*self.rule.address)
@@ -109,17 +111,26 @@ class _Sender:
             why = exc.verify_message or str(exc)
             raise NotSent(f"{where}: its certificate is not trusted: {why}: correct host or ca_cert") from exc
         except TimeoutError as exc:
-            raise NotSent(f"{where}: no answer within {self.rule.timeout_s:g} s") from exc
+            raise NotSent(f"{where}: {self._silence()}") from exc
         except (OSError, smtplib.SMTPException) as exc:
             if type(exc) is smtplib.SMTPException:  # it offers no way to log in that we know
                 raise NotSent(f"{where}: {exc}") from exc
             if isinstance(exc.__context__, TimeoutError):  # smtplib has made "unexpectedly closed" of it
-                raise NotSent(f"{where}: no answer within {self.rule.timeout_s:g} s") from exc
+                raise NotSent(f"{where}: {self._silence()}") from exc
+            if self.rule.security is MailSecurity.TLS and "WRONG_VERSION_NUMBER" in str(exc):
+                raise NotSent(f"{where} does not begin with TLS: set security to starttls, or correct port") from exc
             raise NotSent(f"{where} can't be reached: {getattr(exc, 'strerror', None) or exc}") from exc
         except DispatchError as exc:
             raise NotSent(exc.message) from exc
         except ValueError as exc:  # a challenge that is no Base64, say
             raise NotSent(f"{where}: what it answers can't be understood: {exc}") from exc
+
+    def _silence(self) -> str:
+        """Return the words for a server that does not answer: one may wait for TLS."""
+        words = f"no answer within {self.rule.timeout_s:g} s"
+        if self._greeted or self.rule.security is MailSecurity.TLS or not self._connected:
+            return words
+        return f"{words}: if it begins with TLS (port {PORTS[MailSecurity.TLS]}), set security to tls"
 
     def _send(self, context: ssl.SSLContext) -> None:
         rule, (host, port) = self.rule, self.rule.address
@@ -133,6 +144,7 @@ class _Sender:
         smtp._host = host  # the name that its certificate must have, which only its constructor sets, and that connects
         try:
             code, said = smtp.connect(host, port)
+            self._greeted = True
             if code != 220:
                 raise smtplib.SMTPConnectError(code, said)
             smtp.local_hostname = _greeting(name, smtp.sock)

@@ -234,6 +234,14 @@ def test_a_mail_server_that_never_ends_is_hung_up_on(security: str, monkeypatch:
         assert broken.wait(60)
 
 
+def test_a_server_that_protects_otherwise_is_told_so(mail: tuple[MailServer, dict[str, Any]]) -> None:
+    """The usual mistake: port 465 with starttls, or 587 with tls."""
+    server, fields = mail
+    other = {"tls": "starttls", "starttls": "tls"}[str(fields["security"])]
+    words = str(failure(EmailRule(**fields | {"security": other, "timeout_s": 0.5})))
+    assert f"set security to {fields['security']}" in words and server.asked == []
+
+
 def test_a_server_without_starttls_gets_neither_password_nor_message(tmp_path: Path) -> None:
     with smtp(tmp_path, "none", login=False) as server:
         fields = {"host": "127.0.0.1", "port": server.port, "sender": "talaria@example.org", "to": [TO]}
