@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -111,9 +112,15 @@ def _end(cert: str, which: Callable[[Iterable[float]], float] = min) -> float | 
 
 
 def _read(path: str) -> bytes:
-    fd = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe has no certificate
-    with open(fd, "rb") as file:
-        return file.read(MOST_BYTES)
+    """Return what a file holds; nothing of a folder of authorities, or of a pipe."""
+    fd = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return b""
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(MOST_BYTES)
+    finally:
+        os.close(fd)
 
 
 def _seen_by(check: Mapping[str, Any] | None) -> SeenCertificate | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import threading
 from collections.abc import Iterator
@@ -165,6 +166,12 @@ def test_the_authority_that_ca_cert_trusts_is_known_and_told_of(
         told = [one.about for one in ledger.happenings.waiting(9)]
     assert {(one.get("target") or one.get("source"), one["whose"]) for one in told} == set(known)
     assert [one["source"] for one in told if one["whose"] == "senders"] == ["ct"]
+
+
+def test_a_folder_of_authorities_is_left_alone_and_nothing_stays_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    assert certificates.known("", [pacs(ca_cert=str(tmp_path))], {}) == []
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_certificate_that_is_renewed_for_a_month_is_told_of_again(
