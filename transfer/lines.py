@@ -220,6 +220,13 @@ def _packed(found: dict[str, Any]) -> dict[str, Any]:
 _PLAIN, _ROWS = json.JSONDecoder(), json.JSONDecoder(object_hook=_packed)
 
 
+def as_json(lines: object) -> list[dict[str, str]]:
+    """Return the JSON of packed lines that a document holds: the `default` of `json.dumps`."""
+    if not isinstance(lines, Made):
+        raise TypeError(f"{type(lines).__name__} is not JSON")
+    return [one.to_json() for one in lines]
+
+
 def read(lines: Sequence[dict[str, str]] | Packed) -> Sequence[ItemResult]:
     """Return the lines of a receipt's JSON, packed or not."""
     return lines if isinstance(lines, Packed) else tuple(map(ItemResult.from_json, lines))

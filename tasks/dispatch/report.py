@@ -27,6 +27,7 @@ from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery
 from tasks.dispatch.progress import Live, Part
 from transfer.home import Home
 from transfer.ledger import noted, write_whole
+from transfer.lines import as_json
 from transfer.live import is_followed_here
 from transfer.outcome import Kind
 from transfer.receipt import Receipt, State
@@ -129,7 +130,7 @@ def pieces(
     if studies is not None:
         yield json.dumps(head)[: -len('"targets": {}}')].encode() + b'"studies": ['
         for number, row in enumerate(studies):
-            yield (b",\n" if number else b"\n") + json.dumps(row).encode()
+            yield (b",\n" if number else b"\n") + json.dumps(row, default=as_json).encode()
         yield b'], "targets": {'
     else:
         yield json.dumps(head)[: -len("{}}")].encode() + b"{"

@@ -25,6 +25,7 @@ from tasks.dispatch import breaker
 from tasks.dispatch.delivery import HookFailed
 from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.push import push as push_once
+from tasks.dispatch.report import pieces
 from tasks.dispatch.rest import Left, Rest
 from tasks.dispatch.studies import Studies
 from tasks.driver import Driver, Facts, HookResult
@@ -51,6 +52,7 @@ from transfer.errors import (
 from transfer.health import Health
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.lines import ItemResult, document
 from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import LEADS_OUT, Origin, Plan, scan
 from transfer.receipt import PushReport, Receipt, State
@@ -652,6 +654,16 @@ def test_what_is_no_list_and_no_folder_is_refused(tmp_path: Path, monkeypatch: p
             listed([str(tmp_path / "empty.txt")], each)
 
 
+def test_rows_of_a_part_that_read_nothing_are_written_as_they_were(tmp_path: Path) -> None:
+    """They come from the receipts of the part before, whose lines are packed."""
+    items = [ItemResult(f"{number}.dcm", f"1.2.{number}", kind, "wrong") for number, kind in enumerate(Kind)]
+    off = Receipt("off", items, stopped=State.WAITING)
+    row = {"study": "s0", "dispatch_id": "d0", "state": "waiting", "targets": {"off": off.to_json(all_items=True)}}
+    first = b"".join(pieces("d", "run", State.WAITING, [off], [row]))
+    read = document(first.splitlines(keepends=True))
+    assert b"".join(pieces("d", "run", State.WAITING, [off], read["studies"])) == first
+
+
 # ---- as people send them
 
 
@@ -733,8 +745,9 @@ def test_a_flood_that_was_given_up_needs_its_source_no_more(up: Talaria, tmp_pat
 
 @pytest.mark.timeout(600)
 def test_a_flood_waits_for_a_dead_target_and_goes_on_where_it_was(up: Talaria, tmp_path: Path) -> None:
+    """Seen: a part that found it dead once more, before it read anything, could not write its receipts, and failed."""
     many = made(tmp_path / "many", 6, files=1)
-    waits = {"max_attempts": 50, "retry_delay_s": 3, "retry_max_delay_s": 3}
+    waits = {"max_attempts": 50, "retry_delay_s": 1, "retry_max_delay_s": 3}
     up.apply(away=dicom(free_port(), **waits), beside=folder(tmp_path / "archive"))
     run_id = up.told("send", str(many), "--each", "folder", "--to", "away,beside", "--no-wait")["flow_run_id"]
 
@@ -746,6 +759,8 @@ def test_a_flood_waits_for_a_dead_target_and_goes_on_where_it_was(up: Talaria, t
     assert shown["targets"]["beside"]["delivered"] == 6 and shown["targets"]["away"]["state"] == "waiting"
     assert {row["targets"]["away"]["state"] for row in shown["studies"]} == {"waiting"}
     assert not list((up.home / "staging").iterdir())
+    up.until(lambda: up.told("jobs", "show", run_id)["targets"]["away"]["attempts"] > 1)
+    assert state() in ("AwaitingRetry", "Running", "Pending")
     with storescp(tmp_path / "pacs") as pacs:
         up.apply(away=dicom(pacs.port, **waits))
         up.until(lambda: state() == "Completed")
