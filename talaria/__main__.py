@@ -13,6 +13,7 @@ import typer
 
 from talaria.cli import app
 from talaria.cli.output import exit_code_of, wrong_use
+from talaria.cli.streams import flushed, open_streams, speak_utf8
 
 # What Typer raises for a wrong command line; it has no public name.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -38,6 +39,8 @@ class _HomeFirst(MetaPathFinder):
 
 def main() -> None:
     """Run the command line and exit with the code that its help names."""
+    speak_utf8()
+    open_streams()
     # The command itself says what happens; Prefect's own lines are on the run. Read when it is imported.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     # Prefect's own files belong to our state directory, not to the user's home.
@@ -46,6 +49,7 @@ def main() -> None:
     sys.meta_path.insert(0, _HomeFirst(home))
     try:
         code = app(standalone_mode=False)
+        flushed()
     except UsageError as exc:
         help_text = getattr(exc, "ctx", None) and len(sys.argv) == 1
         code = 2 if help_text else wrong_use(exc.format_message())
