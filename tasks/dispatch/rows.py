@@ -6,6 +6,7 @@ All rows of 100,000 files at once would be 45 MB.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from transfer import lines
@@ -51,6 +52,24 @@ class StudyRows(Sequence[dict[str, Any]]):
         state = overall([State(one["state"]) for one in targets.values()])
         dispatch_id = self._ids.get(study.name) or old["dispatch_id"]
         return {"study": study.name, "dispatch_id": dispatch_id, "state": str(state), "targets": targets}
+
+
+def rows_given_up(before: Sequence[dict[str, Any]], failed: Mapping[str, str]) -> Sequence[dict[str, Any]]:
+    """Return the rows of the run's last part where what waited for some targets was given up before it was read.
+
+    Args:
+        failed: why, by target.
+    """
+
+    def row(one: dict[str, Any]) -> dict[str, Any]:
+        targets = dict(one["targets"])
+        for name, why in failed.items():
+            if targets.get(name, {}).get("state") == State.WAITING:
+                receipt = replace(Receipt.from_json(name, targets[name]), stopped=None, error=why)
+                targets[name] = receipt.facts() | {"items": targets[name]["items"]}
+        return one | {"state": str(overall([State(of["state"]) for of in targets.values()])), "targets": targets}
+
+    return [row(one) for one in before] if failed else before
 
 
 def settled(target: str, before: Sequence[dict[str, Any]]) -> dict[str, Receipt]:

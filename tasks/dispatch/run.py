@@ -36,6 +36,7 @@ from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import failure_of, hook_task, push_task
 from tasks.dispatch.report import has_run_before, pieces, progress_shown, report
+from tasks.dispatch.rows import rows_given_up
 from tasks.dispatch.slots import NoSlot
 from tasks.dispatch.stage import Staged, stage_files
 from tasks.dispatch.stoppable import GRACE_S, stoppable
@@ -300,6 +301,8 @@ class Dispatch:
         studies = self.looks.rest.document.get("studies")
         if self.studies is not None:
             studies = rows(self.studies, self.deliveries, studies or ())
+        elif studies is not None:
+            studies = rows_given_up(studies, {name: why for name, (why, last) in self.looks.failed.items() if last})
         if new or self.looks.failed:
             brief = rests and bool(self.looks.rest.document)
             what = self.home, dispatch_id, self.flow_run_id, state, receipts, outputs

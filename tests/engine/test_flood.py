@@ -27,9 +27,11 @@ from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.push import push as push_once
 from tasks.dispatch.report import pieces
 from tasks.dispatch.rest import Left, Rest
+from tasks.dispatch.rows import rows_given_up
 from tasks.dispatch.studies import Studies
 from tasks.driver import Driver, Facts, HookResult
 from tasks.happened import Cause, cause_of
+from tasks.sources.ways import failure
 from tests.engine.material import dicom, files, folder
 from tests.servers.dcmtk import storescp
 from tests.servers.scp import scp
@@ -662,6 +664,21 @@ def test_rows_of_a_part_that_read_nothing_are_written_as_they_were(tmp_path: Pat
     first = b"".join(pieces("d", "run", State.WAITING, [off], [row]))
     read = document(first.splitlines(keepends=True))
     assert b"".join(pieces("d", "run", State.WAITING, [off], read["studies"])) == first
+
+
+def test_a_target_that_is_given_up_before_anything_is_read_says_why_of_each_study() -> None:
+    """Seen: a source, and the report of a list, said `pacs: waiting` of what had failed."""
+    off, here = (
+        Receipt("off", (), stopped=State.WAITING, missing=1),
+        Receipt("here", (ItemResult("1", "1.2", Kind.DELIVERED),)),
+    )
+    row = {"study": "s0", "dispatch_id": "d0", "state": "waiting", "targets": {}}
+    row["targets"] = {one.target: one.to_json(all_items=True) for one in (off, here)}
+    (now,) = rows_given_up([row], {"off": "nobody there", "other": "gone"})
+    assert now["state"] == "partial" and now["targets"]["here"] == row["targets"]["here"]
+    assert now["targets"]["off"] == row["targets"]["off"] | {"state": "failed", "error": "nobody there"}
+    assert failure(now, "") == "off: nobody there"
+    assert rows_given_up([row], {}) == [row]
 
 
 # ---- as people send them
