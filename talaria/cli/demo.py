@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import struct
 import warnings
@@ -115,7 +116,7 @@ def run() -> bool:
         document = follow(access, queued["flow_run_id"])
     show_receipt(document)
     print(f"\nWhat arrived: {place / 'pacs'}, {place / 'archive'} and {place / 'dicomweb'}")
-    print(f"The run in the Prefect UI: TALARIA_HOME={home.root} talaria up")
+    print(f"The run in the Prefect UI: TALARIA_HOME={shlex.quote(str(home.root))} talaria up")
     print(f"then open http://127.0.0.1:{settings.port}/v2/runs/flow-run/{queued['flow_run_id']}")
     print(f"and give it the line in {home.root / 'api.auth'} as the password; no user is needed.")
     return bool(document["state"] == "delivered")

@@ -70,7 +70,10 @@ def say_whose(what: str) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print a table to stdout, as wide as the terminal; as it needs to be, up to WIDE, when stdout is not one."""
+    """Print a table to stdout, as wide as the terminal; as it needs to be, up to WIDE, when stdout is not one.
+
+    What has no room as a table, however its cells are folded, is printed as a line for each cell that is not empty.
+    """
     import shutil
 
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
@@ -82,6 +85,10 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         widths[widest] -= max(1, min(excess, widths[widest] - second))
     if title:
         print(title)
+    if excess > 0 and sys.stdout.isatty():  # wider lines would be broken anywhere
+        for row in cells[1:]:
+            print(*(f"{column}: {cell}" for column, cell in zip(cells[0], row, strict=True) if cell), "", sep="\n")
+        return
     _line("┏┳┓━", widths)
     _row(cells[0], widths, "┃")
     _line("┡╇┩━", widths)

@@ -35,6 +35,20 @@ def test_a_table_fits_a_terminal_and_loses_nothing(
     assert "".join(line.split("│")[2].strip() for line in lines[3:-1]) == text
 
 
+def test_what_has_no_room_as_a_table_stands_in_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line of a receipt's table was broken by a terminal of 80 columns."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    columns = [f"column{number:02}" for number in range(12)]
+    lines = printed(capsys, "Dispatch", columns, [["value"] * 11 + [""], ["other"] * 12])
+    assert lines == [
+        *("Dispatch", *(f"{column}: value" for column in columns[:11]), ""),
+        *(*(f"{column}: other" for column in columns), ""),
+    ]
+
+
 def test_what_a_terminal_would_obey_is_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, "", ["what"], [["red \x1b[31m\x07 and\nmore"]])
     assert "│ red \\x1b[31m\\x07 and more │" in lines
