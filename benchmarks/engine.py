@@ -270,7 +270,9 @@ def process_worker(bench: Bench) -> Iterator[Way]:
     bench.ask("POST", "/work_pools/", {"name": POOL, "type": "process", "base_job_template": {}})
     (ours,) = bench.ask("POST", "/deployments/filter", {"flows": {"name": {"any_": ["dispatch"]}}})
     body = {"name": "bench", "flow_id": ours["flow_id"], "work_pool_name": POOL, "entrypoint": ours["entrypoint"]}
-    made = bench.ask("POST", "/deployments/", body | {"path": str(Path(__file__).parents[1])})
+    begin = bench.root / "process-worker"  # which it copies for each run: the flow itself comes from PYTHONPATH
+    begin.mkdir()
+    made = bench.ask("POST", "/deployments/", body | {"path": str(begin)})
     log = bench.root / "process-worker.log"
     auth = next(path for name in ("worker.auth", "api.auth") if (path := bench.home / name).exists())
     env = bench.env | {
