@@ -36,6 +36,21 @@ CLASSES_OF = {
         "XA": "12.1 12.1.1 7 13.1.1", "RF": "12.2 12.2.1 7",
     }.items()
 }  # fmt: skip
+# And those of other ones, of more than one kind: only where the peer doesn't name the class of any of their instances.
+OTHER_CLASSES_OF = {
+    modality: tuple(f"1.2.840.10008.5.1.4.1.1.{number}" for number in numbers.split())
+    for modality, numbers in {
+        "SR": "88.22 88.11 88.33 88.34 88.67 88.35 88.50 88.65 88.69 88.40 88.59 88.68 88.72 88.73 88.76",
+        "KO": "88.59", "PR": "11.1 11.2 11.3 11.4 11.5 11.8", "DOC": "104.1 104.2 104.3 104.4 104.5",
+        "M3D": "104.3 104.4", "RTSTRUCT": "481.3", "RTDOSE": "481.2", "RTPLAN": "481.5 481.8", "RTIMAGE": "481.1",
+        "RTRECORD": "481.4 481.6 481.7 481.9", "SEG": "66.4 66.5", "REG": "66.1 66.3", "FID": "66.2",
+        "ECG": "9.1.1 9.1.2 9.1.3", "HD": "9.2.1 9.1.2", "EPS": "9.3.1 9.1.2", "AU": "9.4.1 9.4.2",
+        "OT": "7 7.1 7.2 7.3 7.4 104.1 66", "SC": "7 7.1 7.2 7.3 7.4", "ES": "77.1.1 77.1.1.1 77.1.4 7",
+        "XC": "77.1.4 77.1.4.1 7", "GM": "77.1.2 77.1.2.1 7", "SM": "77.1.6 77.1.3 77.1.2 7",
+        "OP": "77.1.5.1 77.1.5.2 77.1.4 7", "OPT": "77.1.5.4 7 104.1", "IO": "1.3 1.3.1 1.1 1 7", "PX": "1.1 1.3 1 7",
+        "IVUS": "3.1 6.1 7", "IVOCT": "14.1 14.2 7",
+    }.items()
+}  # fmt: skip
 
 
 def pairs_for(classes: Mapping[str, Iterable[str]]) -> list[Pair]:

@@ -46,6 +46,7 @@ UID_LIST = 50  # instances in one request
 HOPELESS = 3  # refusals, one after the other, before C-GET has brought anything
 HOPELESS_SERIES = 2  # series that C-GET brought nothing of
 PART = 25  # instances that are worth an association of their own
+UNNAMED = "C-GET does not bring all of it, and the peer does not name its SOP classes"
 LATE_S = 3.0  # for what is still on its way when a source says that a move is done
 LOOK_S = 0.05
 
@@ -189,19 +190,17 @@ class Pull:
 
     def _lacks(self, one: PulledSeries) -> bool:
         """Return True if something of a series is not here, as far as is known."""
-        if any(not self._copies.has(one.uid, uid) for uid in one.images or ()):
-            return True
-        if one.all_listed:
-            return False
+        lacks = any(not self._copies.has(one.uid, uid) for uid in one.images or ())
+        if lacks or one.all_listed:
+            return lacks
         if one.announced is not None:
             return self._counts[one.uid] < one.announced
         return not (one.answers and one.answers[-1].whole)
 
     def _keep(self, item: Item) -> None:
         assert item.shared is not None  # noqa: S101 - a Depot keeps instances only
-        with self._lock:
-            self._here[item.sop_instance_uid] = item
-            self._counts[item.shared.SeriesInstanceUID] += 1
+        self._here[item.sop_instance_uid] = item
+        self._count(item.shared.SeriesInstanceUID)
         self.report(item, DELIVERED)
 
     def _count(self, series: str) -> None:
@@ -210,12 +209,7 @@ class Pull:
 
     @contextmanager
     def _depot(self, one: PulledSeries, *, durable: bool) -> Iterator[Depot]:
-        def refuse(header: Header) -> str:
-            if header.StudyInstanceUID == one.study and header.SeriesInstanceUID == one.uid:
-                return ""
-            return "" if one.images and header.SOPInstanceUID in one.images else "of another series than was asked for"
-
-        depot = Depot(self.folder, refuse, self._keep, durable, here=self._copies.uids, lock=self._copies.lock)
+        depot = Depot(self.folder, one.refuses, self._keep, durable, here=self._copies.uids, lock=self._copies.lock)
         depot.second = lambda part, header: self._copies.second(one.uid, part.fd, header)
         try:
             yield depot
@@ -254,6 +248,9 @@ class Pull:
                 except (Interrupted, TimedOut) as exc:
                     # Who brings something before it breaks is asked again for the rest.
                     taken = self._taken()
+                    if moving and len(self._here) == before and taken.moves == UNNAMED:
+                        self._give_up(taken, exc)  # what C-GET brings of it is here
+                        continue
                     taken.doubtful = bool(self._counts[taken.uid])
                     self._put_back(taken)
                     if len(self._here) == before and (moving or not self._goes_another_way(exc)):
@@ -275,9 +272,9 @@ class Pull:
         """Return the series that this thread took last: on one association, several may follow the first."""
         return self._current[threading.get_ident()]
 
-    def _put_back(self, one: PulledSeries) -> None:
+    def _put_back(self, one: PulledSeries, *, behind: bool = False) -> None:
         with self._lock:
-            self._jobs.appendleft(one)
+            (self._jobs.append if behind else self._jobs.appendleft)(one)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -291,7 +288,7 @@ class Pull:
                 self._established -= 1
 
     def _weigh(self, one: PulledSeries) -> None:
-        """Schedule a listing of a series, after the others, if it may not have arrived completely."""
+        """Schedule what may bring the rest of a series: its listing, other contexts, or C-MOVE."""
         last = one.answers[-1] if one.answers else None
         claimed = (last.completed or 0) + (last.warning or 0) if last else 0
         one.doubtful = self._lacks(one) or bool(
@@ -299,11 +296,14 @@ class Pull:
         )
         if one.doubtful and one.announced is None and not one.proven:
             one.listed = False  # the list may end at a limit, too
+        missing, by_get = self._missing(one), not (self._moves or one.moves) and self._lacks(one)
         if one.doubtful and not one.listed:
-            with self._lock:
-                self._jobs.append(one)
-        elif not (self._moves or one.moves) and not all(one.has_class(uid, one.asked) for uid in self._missing(one)):
+            self._put_back(one, behind=True)
+        elif by_get and not all(one.has_class(uid, one.asked) for uid in missing):
             self._put_back(one)  # for an association with contexts for the others
+        elif by_get and one.may_be_of_other_classes and not cannot_come(self.peer, self._destination):
+            one.moves = UNNAMED
+            self._put_back(one, behind=True)
 
     # ---- C-GET
 
@@ -324,10 +324,8 @@ class Pull:
             retriever = getter(self.peer, pairs, self.report.check, self._throttle, self.report.moved)
         if not (retriever.root and retriever.stores):
             retriever.association.release()
-            if retriever.root:
-                self._no_get(one, "the peer accepts C-GET, but sends none of the SOP classes that were asked for")
-            else:
-                self._no_get(one, "the peer does not accept C-GET", for_all=True)
+            none = "the peer accepts C-GET, but sends none of the SOP classes that were asked for"
+            self._no_get(one, none if retriever.root else "the peer does not accept C-GET", for_all=not retriever.root)
             return
         with self._counted(), retriever:
             following: PulledSeries | None = one

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from imaging.header import UID
+from imaging.header import UID, Header
 from protocols.dimse.get import FinalResponse
-from protocols.dimse.offers import CLASSES_OF
+from protocols.dimse.offers import CLASSES_OF, OTHER_CLASSES_OF
 
 Images = dict[str, tuple[str, tuple[str, ...]]]  # SOP class and transfer syntaxes by SOP instance UID
 
@@ -61,9 +61,22 @@ class PulledSeries:
         for sop_class, syntaxes in listed if of is None else sorted(listed, key=lambda one: one[0] in self.asked):
             if UID.fullmatch(sop_class):
                 found.setdefault(sop_class, {}).update(dict.fromkeys(syntaxes))
-        if not found and self.modality in CLASSES_OF:
-            return dict.fromkeys(CLASSES_OF[self.modality], ())
+        if not found:
+            usual = CLASSES_OF.get(self.modality) or (OTHER_CLASSES_OF.get(self.modality) if self.listed else None)
+            return dict.fromkeys(usual or (), ())
         return {sop_class: tuple(syntaxes) for sop_class, syntaxes in found.items()}
+
+    @property
+    def may_be_of_other_classes(self) -> bool:
+        """Whether it may have SOP classes that nobody has named."""
+        named = all(UID.fullmatch(sop_class) for sop_class, _ in (self.images or {}).values())
+        return self.modality not in CLASSES_OF and not (self.images and named)
+
+    def refuses(self, header: Header) -> str:
+        """Return why an instance is not wanted; "" if it is."""
+        if header.StudyInstanceUID == self.study and header.SeriesInstanceUID == self.uid:
+            return ""
+        return "" if self.images and header.SOPInstanceUID in self.images else "of another series than was asked for"
 
     def has_class(self, uid: str, classes: Collection[str]) -> bool:
         """Return False if an instance is listed with another SOP class than these."""

@@ -25,6 +25,7 @@ from protocols.dimse.command import (
 from protocols.dimse.message import C_STORE_RQ, HEADERS
 from protocols.dimse.receive import SUCCESS, Depot, Responder, receive
 from protocols.dimse.stream import BUFFERS, Stream, pdus
+from protocols.files.durable import DurableFile
 from protocols.files.partial import PartialFile
 from talaria.testing import studies
 from transfer.errors import DiskFull, Interrupted
@@ -84,6 +85,21 @@ def test_the_name_is_there_before_the_answer_where_it_is_durable(durable: bool, 
     assert sender.answers == [SUCCESS]
     assert seen == [[f"{UID}.dcm"] if durable else []]
     assert [item.path for item in kept] == os.listdir(tmp_path) == [f"{UID}.dcm"]
+
+
+def test_nothing_is_silent_while_the_disk_keeps_what_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    depot, seen = Depot(tmp_path), list[float]()
+    really = Depot._name
+
+    def slow(self: Depot, part: DurableFile, uid: str) -> None:
+        seen.extend((depot.heard, depot.last_heard(), depot.last_heard()))
+        really(self, part, uid)
+
+    monkeypatch.setattr(Depot, "_name", slow)
+    received(Sender(lambda: None), depot)
+    depot.close()
+    came, *during = seen
+    assert came < during[0] < during[1] < depot.last_heard() == depot.heard
 
 
 def test_a_large_instance_is_read_in_larger_pieces_and_what_follows_it_is_whole(tmp_path: Path) -> None:

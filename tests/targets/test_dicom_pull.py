@@ -20,7 +20,6 @@ import pytest
 from blocks import TYPES
 from blocks.dicom import DicomTarget
 from imaging.query import Query
-from protocols.dimse import pull as pulls
 from protocols.dimse import scp
 from protocols.dimse.get import Retriever
 from protocols.dimse.moves import DESK, Expected, MoveDesk, Strangers
@@ -454,6 +453,48 @@ def test_c_move_is_used_where_c_get_is_not_carried_out(status: int, tmp_path: Pa
         assert_agrees(receipt, tmp_path / "in", peer)
 
 
+OTHERS = {
+    "CT": "1.2.840.10008.5.1.4.1.1.2", "RTSTRUCT": "1.2.840.10008.5.1.4.1.1.481.3",
+    "DOC": "1.2.840.10008.5.1.4.1.1.104.1", "OT": "1.3.12.2.1107.5.9.1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("leaves_out", "knows_us"),
+    [((), True), (("Modality",), True), ((*UNCOUNTED,), True), ((), False)],
+    ids=["as usual", "modality", "counts", "no move"],
+)
+def test_a_peer_that_names_no_sop_classes_gives_those_of_all_kinds(
+    tmp_path: Path, port: int, leaves_out: tuple[str, ...], knows_us: bool
+) -> None:
+    """By C-GET as far as the modality says what to ask for, the rest by C-MOVE where that is possible."""
+    uid = studies.uid()
+    files = [
+        studies.encoded(studies.dataset(study=uid, series=studies.uid(), Modality=modality, SOPClassUID=sop_class))
+        for modality, sop_class in OTHERS.items()
+    ]
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        proposal = peer.associations[request.association - 1].proposal
+        assert proposal is not None
+        offered = {(one.abstract_syntax, one.offered[0]) for one in proposal.contexts}
+        there = [one for one in found if (one.ds.SOPClassUID, one.syntax) in offered]
+        failed = len(found) - len(there)
+        return [*map(Send, there), Last((0xB000 if there else 0xA702) if failed else 0, len(there), failed, 0)]
+
+    unknown: Steps = [Last(0)]  # as some answer to a destination that they don't know
+    moves = None if knows_us else lambda request, found: unknown
+    with archive(
+        files, on_get=script, on_move=moves, leaves_out=frozenset((*leaves_out, "SOPClassUID")), ports={AET: port}
+    ) as peer:
+        receipt = pull(peer, tmp_path / "in", idle_timeout_s=1)
+        assert_agrees(receipt, tmp_path / "in", peer)
+        here = {one.ds.Modality for one in peer.instances if one.uid in datasets(tmp_path / "in")}
+        assert here == (OTHERS.keys() if knows_us else OTHERS.keys() - {"OT"})
+        assert receipt.state is (State.DELIVERED if knows_us else State.PARTIAL)
+        assert knows_us or any(f"is {AET} registered there" in note for note in receipt.notes)
+
+
 def test_a_later_series_that_c_get_is_refused_for_comes_by_c_move(tmp_path: Path, port: int) -> None:
     """The series before it, on the same association, had nothing to give: that one is not begun again in its place."""
     files, first = study(4, 2), ""
@@ -617,38 +658,6 @@ def test_a_move_that_is_answered_before_anything_is_sent(tmp_path: Path, port: i
         for thread in late:
             thread.join()
         assert receipt.state is State.DELIVERED
-        assert_agrees(receipt, tmp_path / "in", peer)
-
-
-def test_what_a_slow_disk_has_not_kept_yet_is_not_asked_for_again(
-    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answered, go_on, keep = threading.Event(), threading.Event(), Depot._name
-    looks: list[int] = []
-
-    class Looking(PushReport):
-        def check(self) -> None:
-            looks.append(1) if answered.is_set() else None
-            if len(looks) > 12:  # longer than it waits for what may still come
-                go_on.set()
-
-    def slow(depot: Depot, part: Any, uid: str) -> None:
-        go_on.wait(60)
-        keep(depot, part, uid)
-
-    monkeypatch.setattr(pulls, "LATE_S", 0.1)
-    monkeypatch.setattr(Depot, "_name", slow)
-    with archive(study(2, 1), accept=only(GETS), ports={AET: port}) as peer:
-
-        def script(request: Request, found: list[Instance]) -> Steps:
-            threading.Thread(target=send_to, args=(peer, request, found), daemon=True).start()
-            until(lambda: DESK._expected and DESK._expected[0].depot._flushing)
-            answered.set() if len(peer.asked(MOVE)) == 1 else go_on.set()
-            return [Last(0, len(found), 0, 0)]
-
-        peer.on_move = script
-        receipt = pull(peer, tmp_path / "in", Looking())
-        assert receipt.state is State.DELIVERED and len(peer.asked(MOVE)) == 1
         assert_agrees(receipt, tmp_path / "in", peer)
 
 
