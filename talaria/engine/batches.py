@@ -31,6 +31,7 @@ from prefect.states import Scheduled
 
 from blocks import Source
 from talaria.engine import hosts
+from talaria.engine.parameters import form
 from talaria.engine.table import OF_SOURCES
 from talaria.settings import POOL
 from tasks.sources.saved import KEPT
@@ -48,8 +49,6 @@ async def deploy(client: PrefectClient, source: Source, before: Source | None = 
     Args:
         before: the source as it was saved; its schedule is left alone if it is the same.
     """
-    from talaria.engine.registry import form  # it uses this module
-
     flow, entrypoint = OF_SOURCES["batch"]
     ours: dict[str, Any] = {
         "description": source.description or f"Sweeps of the source {source.name}, of type {source.type_name}.",

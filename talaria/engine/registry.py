@@ -12,11 +12,11 @@ from prefect.client.schemas.actions import BlockDocumentUpdate, WorkPoolCreate
 from prefect.client.schemas.filters import WorkQueueFilter, WorkQueueFilterName
 from prefect.client.schemas.objects import BlockSchema, Worker, WorkerStatus, WorkPool
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-from prefect.utilities.callables import parameter_schema
 
 from blocks import SOURCES, TYPES
 from talaria.engine import hosts
 from talaria.engine.batches import deploy_all, put_right
+from talaria.engine.parameters import form
 from talaria.engine.table import FLOWS
 from talaria.settings import POOL
 from tasks.paging import every
@@ -30,15 +30,6 @@ TEMPLATE = {
     "variables": {"type": "object", "properties": {"name": {"type": "string", "title": "Name"}}},
 }
 CHECKS = "checks"  # the queue of checks: they have places of their own
-# Labels of parameters whose names say less than a label does; the same words as on our pages.
-TITLES = {
-    "paths": "files and folders",
-    "exclude": "leave out",
-    "force": "send again what has arrived",
-    "each": "what is a study of its own",
-    "into": "folder on the worker",
-    "level": "what one match is",
-}
 # Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
 QUEUES = {"urgent": 1, CHECKS: 5, "normal": 10, "offpeak": 100}
 
@@ -170,20 +161,3 @@ def queue_of(name: str) -> str:
 def description_of(flow: Flow[..., Any]) -> str:
     """Return what is said of a flow's deployment."""
     return (flow.description or "").split("\n\n")[0]
-
-
-def form(flow: Flow[..., Any]) -> dict[str, Any]:
-    """Return the schema of a flow's parameters, as Prefect's UI makes a form of it: with titles for people."""
-    schema = parameter_schema(flow).model_dump_for_openapi()
-    for name, field in schema["properties"].items():
-        words = (
-            TITLES.get(str(name), str(name))
-            .replace("_", " ")
-            .replace("aet", "AE title")
-            .replace("uid", "UID")
-            .replace("accessions", "accession numbers")
-        )
-        field["title"] = words[0].upper() + words[1:]
-        about = str(field.get("description", ""))
-        field["description"] = about[:1].upper() + about[1:]
-    return schema

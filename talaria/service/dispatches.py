@@ -11,7 +11,8 @@ from prefect.client.schemas.objects import FlowRun
 from blocks import Target
 from talaria.engine import runs
 from talaria.service import Office
-from talaria.service.jobs import line, outcome, queued, result
+from talaria.service.queueing import queued
+from talaria.service.results import line, outcome, result
 from tasks import DRIVERS
 from tasks.dispatch.asked import check_asked, name_of, unplanned
 from tasks.dispatch.delivery import Delivery, sort_out

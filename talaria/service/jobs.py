@@ -15,18 +15,15 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectException
 
 from talaria.engine import hosts, recovery, runs
-from talaria.service import Conflict, Office, recorded
+from talaria.service import Office, recorded
+from talaria.service.dispatches import create_dispatch
+from talaria.service.results import line, result
 from talaria.settings import POOL
-from tasks.crashed import is_over
-from tasks.dispatch import breaker, kept, progress, rest, running
+from tasks.dispatch import breaker, progress, rest
 from tasks.dispatch.asked import asked_list, check_asked
-from tasks.dispatch.audited import requester
 from tasks.dispatch.hours import check_hours
 from tasks.names import split
-from tasks.retrieve.ending import mark_ended, numbers_of
-from tasks.retrieve.job import Job, folder_of
-from tasks.retrieve.report import cancelled, given_up
-from tasks.retrieve.report import document as whole_of
+from tasks.retrieve.ending import mark_ended
 from tasks.sources.elsewhere import lent_studies, lent_units
 from tasks.targets import check_destination, check_origin, load
 from transfer import deadletters, shared, unitlist
@@ -34,12 +31,11 @@ from transfer.deadstudies import is_list
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.plan import Origin
-from transfer.receipt import Receipt, State, trimmed
+from transfer.receipt import trimmed
 from transfer.studies import Each
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
 JOBS = ("dispatch", "retrieval")
-UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
 LOOK_S = 0.1  # between two looks at a run's progress, and at its state while it begins or ends
 BUSY, BUSY_S = ("sending", "fetching"), 1.0  # at its state while its runner is in one of these phases
 QUEUED_S = 0.5  # and while it waits in a queue, or runs elsewhere
@@ -54,25 +50,6 @@ async def list_jobs(
     states = runs.GIVEN_UP if failed else ()
     found = await runs.jobs(office.client, limit, flows=tuple(KINDS[kind] for kind in kinds), states=states)
     return {"jobs": [line(one) for one in found]}
-
-
-def line(flow_run: FlowRun) -> dict[str, Any]:
-    """Return a job as lists show it."""
-    begun = flow_run.start_time or flow_run.expected_start_time
-    return {
-        "id": str(flow_run.id),
-        "state": flow_run.state_name,
-        "kind": runs.kind_of(flow_run),
-        "source": flow_run.parameters.get("source", ""),
-        "dispatch_id": runs.dispatch_of(flow_run),
-        "targets": asked_list(flow_run.parameters, "targets"),
-        "paths": asked_list(flow_run.parameters, "paths"),
-        "by": requester(flow_run),
-        "begun": begun.isoformat(timespec="seconds") if begun else None,
-        "ended": flow_run.end_time.isoformat(timespec="seconds") if flow_run.end_time else None,
-        "runs": flow_run.run_count,
-        "message": flow_run.state.message if flow_run.state else None,
-    }
 
 
 async def show_job(
@@ -159,8 +136,6 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     Raises:
         NotFound: all of what a source has dispatched has left it. Misconfigured: that source is another host's.
     """
-    from talaria.service.dispatches import create_dispatch  # it uses this module
-
     flow_run = await found(office, job, ("dispatch",))
     asked = {key: value for key, value in flow_run.parameters.items() if key not in ("targets", "force")}
     check_asked(asked["paths"], to)
@@ -215,132 +190,6 @@ async def recover_jobs(office: Office) -> dict[str, Any]:
 async def _done(office: Office, flow_run: FlowRun, action: str, state: str) -> dict[str, Any]:
     await recorded.job(office, flow_run, action)
     return {"id": str(flow_run.id), "kind": runs.kind_of(flow_run), "action": state.lower()}
-
-
-async def queued(
-    office: Office,
-    flow: str,
-    parameters: dict[str, Any],
-    name: str,
-    queue: str,
-    key: str,
-    *,
-    what: str = "job",
-    show_plan: bool = False,
-    host: str = "",
-) -> FlowRun:
-    """Put a run into a queue for the user who asks.
-
-    Args:
-        key: idempotency key; the same key again gives the same run, not a second one.
-        host: the one that must run it, if it is another one.
-
-    Raises:
-        Conflict: the key was used for something else.
-    """
-    own = f"{office.user}:{key}" if key else None
-    flow_run = await runs.create(
-        office.client, flow, parameters, name, queue, key=own, by=office.user, show_plan=show_plan, host=host
-    )
-    await recorded.job(office, flow_run, "asked")
-    if key and flow_run.parameters != parameters:
-        raise Conflict(f"the idempotency key {key} was used for another {what}, {flow_run.id}: choose a new one")
-    return flow_run
-
-
-# ---- results
-
-
-async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
-    """Return what a run has left behind, with all items; of one that could not begin, its state's message.
-
-    Receipts are the server's; the copy on this machine, if it has one, is read where the server has none (any more).
-    """
-    kind, state = runs.kind_of(flow_run), flow_run.state
-    if kind == "query":
-        return await _matches(office, flow_run)
-    ended = state is not None and state.is_final()
-    document = await asyncio.to_thread(_retrieved, office, flow_run) if kind == "retrieval" and not ended else None
-    document = document or await kept.read(office.client, flow_run.id)
-    document = document or kept.here(office.home, str(flow_run.id)) or _nothing(flow_run, kind)
-    return settled(flow_run, kind, document)
-
-
-def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str, Any]:
-    """Return a result in which nothing waits any more, if its run was cancelled while it waited, or was given up.
-
-    Of a run that failed before it came to its targets, as a retry whose files are gone, it says why: its receipts are
-    those of the time before.
-    """
-    state = flow_run.state
-    if state is None or state.is_completed() or not is_over(state):
-        return document
-    if kind == "retrieval":
-        if state.is_cancelled() and document["waiting"]:
-            return cancelled(document)
-        if state.is_cancelled():  # which was too late where all had been delivered
-            return document if document["state"] == "delivered" else document | {"state": "cancelled"}
-        return given_up(document, state.message or "failed") if document["waiting"] else document
-    targets = document["targets"].items() if kind == "dispatch" else ()
-    of_them = tuple(f"{name} {one['state']}: " for name, one in targets)
-    if of_them and not state.is_cancelled() and not (state.message or "").startswith(of_them):
-        document = document | {"error": state.message}
-    parts = [document]
-    for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():
-        parts += [one, *one["targets"].values()]
-    for part in [part for part in parts if part["state"] in ("waiting", "paused")]:
-        part["state"] = "cancelled" if state.is_cancelled() else "failed"
-    return document
-
-
-def _retrieved(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
-    """Return how far each study of a retrieval is that has not ended; None if another machine runs it."""
-    if not folder_of(office.home, str(flow_run.id)).is_dir():
-        return None
-    job = Job.load(office.home, str(flow_run.id), numbers_of(flow_run.parameters))
-    state = "paused" if flow_run.state_name == running.PAUSED else outcome(flow_run, "delivered")
-    return whole_of(job, str(flow_run.id), flow_run.parameters.get("source", ""), state)
-
-
-def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:
-    """Return the result of a run that has left none."""
-    error = flow_run.state.message if flow_run.state else None
-    common = {"flow_run_id": str(flow_run.id), "state": outcome(flow_run, "delivered"), "error": error}
-    if kind == "dispatch":
-        return {"dispatch_id": runs.dispatch_of(flow_run), **common, "targets": _unread(flow_run)}
-    names = ("missing", "partial", "failed", "waiting", "cancelled", "studies", "accessions")
-    lists: dict[str, Any] = {name: [] for name in names}
-    more = {"source": flow_run.parameters.get("source", ""), "found": 0, "delivered": 0, "state": outcome(flow_run)}
-    return {**common, **more, **lists}
-
-
-def _unread(flow_run: FlowRun) -> dict[str, Any]:
-    """Return the receipts of a dispatch that rests and has read no files; none if it doesn't rest."""
-    if flow_run.state is None or not rest.awaited(flow_run.state.message or ""):
-        return {}
-    names = dict.fromkeys(split(name)[1] for name in asked_list(flow_run.parameters, "targets"))
-    waiting = (Receipt(name, (), attempts=0, stopped=State.WAITING) for name in names)
-    return {one.target: one.to_json(all_items=True) for one in waiting}
-
-
-async def _matches(office: Office, flow_run: FlowRun) -> dict[str, Any]:
-    whole = await kept.read(office.client, flow_run.id)  # where there are more than its table has
-    return {
-        "flow_run_id": str(flow_run.id),
-        "source": flow_run.parameters.get("source", ""),
-        "state": outcome(flow_run, "found"),
-        "matches": whole["matches"] if whole else await runs.table_of(office.client, flow_run.id, "matches"),
-        "error": flow_run.state.message if flow_run.state and not flow_run.state.is_completed() else None,
-    }
-
-
-def outcome(flow_run: FlowRun, completed: str = "failed") -> str:
-    """Return a run's state as a result names it."""
-    names = {"CANCELLED": "cancelled", "COMPLETED": completed} | dict.fromkeys(UNDER_WAY, "waiting")
-    return names.get(str(flow_run.state.type.value) if flow_run.state else "", "failed")
-
-
-# ---- live
 
 
 async def follow_job(

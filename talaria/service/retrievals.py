@@ -12,7 +12,8 @@ from blocks.base import Target
 from imaging.match import of_study
 from imaging.query import Query, listed
 from talaria.service import Office
-from talaria.service.jobs import line, queued, result
+from talaria.service.queueing import queued
+from talaria.service.results import line, result
 from talaria.service.searching import SEARCHES
 from tasks.dispatch import audited
 from tasks.dispatch.asked import retrieval_name

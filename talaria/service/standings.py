@@ -11,8 +11,8 @@ from prefect.client.schemas.objects import FlowRun, StateType
 
 from talaria.engine.runs import GIVEN_UP, UNDER_WAY, kind_of
 from talaria.service import Office
-from talaria.service.jobs import line
 from talaria.service.overview import names_of
+from talaria.service.results import line
 from tasks.dispatch import progress, rest, running
 from transfer.deliveries import WHOLE, Standing
 from transfer.ledger import Ledger

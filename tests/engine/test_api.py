@@ -31,7 +31,7 @@ from sqlalchemy.dialects import sqlite
 from flows.dispatch import dispatch
 from talaria.engine import api, database, freed, lanes, runs
 from talaria.engine.listed import listed
-from talaria.service.jobs import line
+from talaria.service.results import line
 from talaria.testing import studies
 from tasks.checking import LastChecks
 from tasks.dispatch.audited import requester

@@ -21,7 +21,7 @@ from prefect.states import Cancelling, Completed, Crashed, Failed, Running
 from talaria.engine import cancelled
 from talaria.engine.recovery import CRASHED, CRASHES, MAX_CRASHES, _take_up
 from talaria.engine.runs import at_rest, retry
-from talaria.service.jobs import settled
+from talaria.service.results import settled
 from talaria.testing import studies
 from tasks.crashed import TAKEN_UP_WITHIN
 from tasks.dispatch import kept

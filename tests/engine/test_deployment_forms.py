@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from talaria.engine.registry import TITLES, form
+from talaria.engine.parameters import TITLES, form
 from talaria.engine.table import FLOWS
 
 

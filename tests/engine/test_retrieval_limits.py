@@ -27,7 +27,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
 from imaging.query import Query
-from talaria.service.jobs import settled
+from talaria.service.results import settled
 from talaria.testing import studies
 from talaria.testing.process import until
 from tasks.dispatch import audited, leaving, line, rest, running

@@ -87,13 +87,13 @@ async def act(office: Any, job: str, action: str, kinds: tuple[str, ...]) -> Non
     """
     from prefect.client.schemas.objects import StateType
 
-    from talaria.service import jobs, standings
+    from talaria.service import jobs, results, standings
 
     calls = {"retry": jobs.retry_job, "cancel": jobs.cancel_job, "pause": jobs.pause_job, "resume": jobs.resume_job}
     if action not in calls:
         raise Misconfigured(text("error"))
     if action == "retry" and (run := await jobs.found(office, job, kinds)).state_type is StateType.COMPLETED:
-        whole, _ = standings.by_receipt(run, await jobs.result(office, run))
+        whole, _ = standings.by_receipt(run, await results.result(office, run))
         if whole == DELIVERED:  # somebody may have set the state of a run that has not ended by itself
             raise NothingMissing(text("dispatch.nothing_missing"))
     await calls[action](office, job, kinds=kinds)

@@ -59,12 +59,12 @@ class DispatchPage(JobPage):
 
     async def _shown(self, request: Request, problem: str = "", status: int = 200) -> Response:
         from talaria.engine.runs import under_way
-        from talaria.service import jobs, standings
+        from talaria.service import jobs, results, standings
         from talaria.service.timeline import timeline
 
         office, job = await self.site.office(request), request.path_params["id"]
         flow_run = await jobs.found(office, job, KINDS)
-        run = jobs.line(flow_run)
+        run = results.line(flow_run)
         live = run["ended"] is None
         asked = who(request).role >= Role.OPERATOR and not (live and is_part(request))
         # Of one that waits for its next part, what is there is the last one's.
@@ -104,13 +104,13 @@ class DispatchPage(JobPage):
             items: whether they are shown. A part of a page that is asked for every two seconds has none, and its
                 receipt is not read again: a run writes one when it ends or rests, and has another state then.
         """
-        from talaria.service import jobs
+        from talaria.service import results
 
         key = str(flow_run.id), str(flow_run.state_id)
         if not items and key in self._parts:
             self._parts.move_to_end(key)
             return self._parts[key]
-        document = await jobs.result(office, flow_run)
+        document = await results.result(office, flow_run)
         # In a thread: there may be a hundred thousand items, and this process answers workers, too.
         content = await asyncio.to_thread(_content, document, given, items=items)
         if not items:
