@@ -18,7 +18,7 @@ from prefect.client.schemas.sorting import LogSort
 from talaria.engine import runs
 from talaria.front.access import Role
 from talaria.front.pages import dispatch, dispatches
-from talaria.service import Office, jobs, timeline
+from talaria.service import Office, jobs, results, timeline
 from tests.front.house import House, run
 from tests.front.people import fields, words
 from transfer.errors import Misconfigured
@@ -138,8 +138,8 @@ def test_items_are_made_once_beside_the_loop_and_not_for_a_part(house: House, mo
 
     monkeypatch.setattr(dispatch, "_items", items)
     monkeypatch.setattr(jobs, "found", answering(run_now))
-    monkeypatch.setattr(jobs, "line", lambda _: line)
-    monkeypatch.setattr(jobs, "result", result)
+    monkeypatch.setattr(results, "line", lambda _: line)
+    monkeypatch.setattr(results, "result", result)
     monkeypatch.setattr(jobs, "job_receipt", answering(receipt(3)))
     monkeypatch.setattr(jobs, "how_far", answering({}))
     monkeypatch.setattr(timeline, "timeline", answering(([], True)))
