@@ -17,7 +17,7 @@ from flows.dispatch import dispatch
 from flows.retrieve import retrieve
 from talaria.engine import logged
 from talaria.engine.table import _misfit
-from talaria.service import jobs, overview
+from talaria.service import overview, results
 from talaria.testing import studies
 from tasks.dispatch import asked
 from tests.engine.material import folder
@@ -100,7 +100,7 @@ def test_a_run_with_any_parameters_can_be_listed() -> None:
     """As one that was made at a server elsewhere, past our door."""
     for odd in (5, True, {"a": 1}, "pacs", None, [None, 5, ["x"]]):
         run = FlowRun(flow_id=uuid4(), name="odd", parameters={"paths": odd, "targets": odd, "source": odd})
-        assert all(isinstance(one, str) for name in ("targets", "paths") for one in jobs.line(run)[name])
+        assert all(isinstance(one, str) for name in ("targets", "paths") for one in results.line(run)[name])
         assert overview.names_of(run) is not None and logged._about(run, "")["run"] == str(run.id)
 
 
