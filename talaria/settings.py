@@ -127,6 +127,12 @@ class Settings(BaseSettings):
         """Accept a list, as TOML has them."""
         return os.pathsep.join(map(str, value)) if isinstance(value, list) else value
 
+    @field_validator("home", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        """Take an empty name for none: a path would be the current folder, whatever that is."""
+        return value or "~/.talaria"
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import IO
 
 WAIT_S = 0.2  # between two looks at a lock that somebody else holds
+# One of these is in each folder that is a state directory; the others may be in one that is to be.
+OURS = {"identity", "api.auth", "worker.auth", "encryption.key", "ledger.sqlite", "users.json", "tokens.json", "audit"}
+NEW = {"prefect", "demo", "talaria.toml", "lost+found"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Home:
         """Return the directory that TALARIA_HOME names; make it if it isn't there.
 
         Raises:
-            OSError: it can't be made or written to, or belongs to somebody else.
+            OSError: it can't be made or written to, or belongs to somebody else, or is a folder that others use.
         """
         home = cls(Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser().absolute())
         home.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -51,6 +54,10 @@ class Home:
         if info.st_uid != os.geteuid():  # whoever owns it can change what we keep there
             raise PermissionError(errno.EPERM, "the state directory belongs to another user", str(home.root))
         if info.st_mode & 0o077:  # made by something else, for everybody to read
+            there = set(os.listdir(home.root))
+            if there - NEW and not there & OURS:  # /tmp, or /: nobody else could use it any more
+                words = "it has files of others, who would be shut out: let TALARIA_HOME name a new folder"
+                raise PermissionError(errno.EPERM, words, str(home.root))
             home.root.chmod(0o700)
         return home
 

@@ -53,6 +53,30 @@ def test_settings_and_a_state_directory_of_another_user_are_refused(
         Home.current()
 
 
+def test_a_folder_that_others_use_is_no_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: run by root, `TALARIA_HOME= talaria user list` in /tmp shut everybody else out of it."""
+    folder = tmp_path / "everybody"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    monkeypatch.setenv("TALARIA_HOME", str(folder))
+    (folder / "theirs").touch()
+    with pytest.raises(PermissionError, match="has files of others"):
+        Home.current()
+    assert folder.stat().st_mode & 0o7777 == 0o1777
+    (folder / "theirs").rename(folder / "api.auth")  # of one whose mode somebody has changed
+    assert Home.current().root == folder and folder.stat().st_mode & 0o777 == 0o700
+    (folder / "api.auth").rename(folder / "talaria.toml")  # of one that is to be
+    folder.chmod(0o755)
+    assert Home.current().root == folder and folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_empty_name_of_the_state_directory_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("TALARIA_HOME", "")
+    monkeypatch.chdir(tmp_path)
+    assert settings.load_settings().home == Path("~/.talaria") and Home.current().root == tmp_path / "me" / ".talaria"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
 def test_a_link_that_another_user_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leads to a file of ours, which was not meant for this."""
