@@ -21,7 +21,7 @@ class Keys:
     accession: Annotated[str, typer.Option(help=f"Accession numbers, {LISTS}.", metavar="A,B")] = ""
     patient_id: Annotated[str, typer.Option(help="Patient ID; * and ? are wild cards.", metavar="P")] = ""
     patient_name: Annotated[str, typer.Option(help="Patient's name; * and ? are wild cards.", metavar="N")] = ""
-    study_date: Annotated[str, typer.Option(help="A date, or FROM-TO, FROM- or -TO.", metavar="FROM-TO")] = ""
+    study_date: Annotated[str, typer.Option(help="As 20240131, or FROM-TO, FROM- or -TO.", metavar="FROM-TO")] = ""
     modality: Annotated[str, typer.Option(help="Modality, as in CT.", metavar="M")] = ""
     study_uid: Annotated[str, typer.Option(help="Study Instance UID.", metavar="U")] = ""
     series_uid: Annotated[str, typer.Option(help="Series Instance UID.", metavar="U")] = ""
