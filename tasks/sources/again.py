@@ -5,7 +5,6 @@ How often that was is part of its row's fingerprint, so that the next sweeps tak
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +15,12 @@ from transfer.outcome import Kind
 from transfer.receipt import State
 
 MOST = 3  # times: a share that has come back is read then, and a bad sector never
-WORDS = "it is dispatched again by itself, as its files may be readable then"
+WORDS = "it is dispatched again by itself, if it is there and can be read then"
 AGAIN = ":again"  # between a fingerprint and the number of tries
-# What reading says while a share is away; of one that is unmounted, that nothing is there.
-_PASSING = [*(number for number, kind in ERRORS.items() if issubclass(kind, Retryable)), errno.ENOENT]
-_UNREAD = frozenset(f"can't be read: {os.strerror(number)}" for number in _PASSING)
+# What reading says while a share is away. Not that a file isn't there: a link that leads nowhere stays one.
+_UNREAD = frozenset(
+    f"can't be read: {os.strerror(number)}" for number, kind in ERRORS.items() if issubclass(kind, Retryable)
+)
 
 
 def marked(fingerprint: str, tries: int) -> str:
@@ -46,7 +46,11 @@ def may_pass(study: Mapping[str, Any] | None, folder: str) -> bool:
 
 
 def _is_unread(outcome: Mapping[str, Any], folder: str) -> bool:
-    """Return True if a target got all that could be read; its own errors don't name what lies in the source."""
+    """Return True if a target got all that could be read.
+
+    Of a unit that can't be looked through the error names the folder, as also of one on a share that is unmounted; no
+    target's own errors do.
+    """
     details = {str(one["detail"]) for one in outcome.get("items", ()) if one["outcome"] == Kind.REJECTED}
     if outcome.get("error"):
         return bool(folder) and f"{folder}/" in str(outcome["error"]) and details <= _UNREAD

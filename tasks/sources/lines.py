@@ -30,9 +30,9 @@ from transfer.studies import LIST_BYTES
 from transfer.tables import csv_text
 
 SETTLE_S = 5.0  # without a change, after which a last line without an end is taken for whole
-TITLES = frozenset(
-    ("path", "paths", "file", "files", "folder", "folders", "study", "studies", "directory", "name", "id")
-)
+PATHS = frozenset(("path", "paths", "file", "files", "folder", "folders", "directory"))  # titles of what is a path
+DOUBTFUL = frozenset(("name", "id"))  # titles that may also be those of a folder's, or of a patient's
+TITLES = PATHS | DOUBTFUL | {"study", "studies"}
 ONCE = "listed"  # as fingerprint: a line doesn't change
 LINE_ENDS = "\r\n"
 BLANKS, ENDS = " \t\r", re.compile(r"\r\n|\r|\n")  # of lines; any other letter may belong to a name
@@ -162,12 +162,17 @@ def _cells(rows: list[list[str]], at: int) -> list[str]:
 
 
 def _of_paths(rows: list[list[str]], folder: Path) -> int:
-    """Return the column that has the paths: the first, unless nothing in it is one and one other has them alone.
+    """Return the column that has the paths: the first, unless nothing in it is one and one other is titled so, or has
+    them alone.
 
     What stands in the first then may be patients' names, which would be looked for as folders, and reported.
     """
-    first = _cells(rows, 0)
-    if rows[0][0].strip().casefold() in TITLES or any("/" in one or os.path.lexists(folder / one) for one in first):
+    first, titles = _cells(rows, 0), [cell.strip().casefold() for cell in rows[0]]
+    if any("/" in one or os.path.lexists(folder / one) for one in first):
+        return 0
+    if len(titled := [at for at, one in enumerate(titles) if one in PATHS]) == 1:
+        return titled[0]
+    if titles[0] in TITLES - DOUBTFUL:
         return 0
     others = {at: _cells(rows[1:], at) or _cells(rows, at) for at in range(1, max(map(len, rows)))}
     found = [at for at, values in others.items() if values and all(one.startswith("/") for one in values)]

@@ -282,6 +282,14 @@ def test_what_could_not_be_read_while_it_was_sent_is_sent_again(
     assert bench.states() == {key: "done"} and delivered(bench) == 3 and not list(bench.inbox.rglob("*.dcm"))
 
 
+def test_a_link_that_leads_nowhere_is_no_share_that_is_away(bench: Bench) -> None:
+    bench.source = bench.named(unit="folder")
+    material.ct(bench.inbox / "s", 1)
+    (bench.inbox / "s" / "link.dcm").symlink_to("nowhere")
+    bench.all()
+    assert bench.states() == {"s": "failed"} and again.WORDS not in bench.rows()["s"].detail
+
+
 def test_a_unit_that_was_away_while_it_was_sent_is_sent_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.source = bench.named(unit="folder", after="delete")
     material.ct(bench.inbox / "s", 2)
