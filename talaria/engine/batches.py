@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -39,6 +40,7 @@ from transfer import live
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
 CRON_FIELDS = 5  # croniter takes a sixth behind them, for seconds, which others put first
+EACH_SECOND, NO_INTERVAL = re.compile(r"FREQ\s*=\s*SECONDLY", re.I), re.compile(r"INTERVAL\s*=\s*0*(?![0-9])", re.I)
 SLUG = "talaria"  # of the schedule that a source gives, among those of its deployment
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
@@ -210,6 +212,10 @@ def never_comes(source: Source) -> str:
     if len(source.cron.split()) > CRON_FIELDS:
         five = "minute, hour, day, month, day of the week, as in 0 2 * * *"
         return f"{source.cron}: a sixth field would be the second, and * in it a sweep each second: write five: {five}"
+    if EACH_SECOND.search(source.rrule):
+        return f"{source.rrule}: it would be swept each second: the most often is FREQ=MINUTELY, or interval_s"
+    if NO_INTERVAL.search(source.rrule):  # dateutil would look for the next time for ever, and Prefect's scheduler too
+        return f"{source.rrule}: INTERVAL is a number from 1 on"
     for one in _schedules(source):
         made = getattr(schedules, type(one.schedule).__name__).model_validate(one.schedule.model_dump())
         try:

@@ -104,6 +104,12 @@ def test_an_inbox_keeps_what_it_is_given() -> None:
         ({"cron": "0 0 30 2 *"}, "no such time from now on: correct it"),
         ({"interval_s": 300}, ""),
         ({"rrule": "FREQ=WEEKLY;BYDAY=SA;BYHOUR=3"}, ""),
+        ({"rrule": "FREQ=SECONDLY;BYHOUR=2"}, "it would be swept each second"),
+        ({"rrule": "FREQ=MINUTELY"}, ""),
+        ({"rrule": "FREQ=DAILY;INTERVAL=0"}, "a number from 1 on"),  # the next time was looked for without end
+        ({"rrule": "FREQ=DAILY;interval=00;BYHOUR=2"}, "a number from 1 on"),
+        ({"rrule": "FREQ=DAILY;INTERVAL=02"}, ""),
+        ({"rrule": "FREQ=DAILY;INTERVAL=10"}, ""),
         ({"rrule": "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30"}, "no such time from now on: correct it"),
         ({"rrule": "FREQ=DAILY;COUNT=5"}, "or give it a DTSTART from which it counts"),  # Prefect counts from 2020 on
         ({"rrule": "DTSTART:21000101T000000\nRRULE:FREQ=DAILY;COUNT=5"}, ""),
