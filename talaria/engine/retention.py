@@ -87,8 +87,10 @@ async def tidy(
     if await asyncio.to_thread(_is_all_old, home, age):
         logger.warning("nothing has begun for longer than is remembered, or the clock is wrong: nothing is forgotten")
         return math.inf
+    # Nor the only copies of what was given up, by a clock that is weeks ahead for an hour.
+    files_age = math.inf if await asyncio.to_thread(_is_all_old, home, failed_age) else failed_age
     while True:
-        await asyncio.to_thread(_forget, home, kept, open_runs, failed_age, max(age, failed_age))
+        await asyncio.to_thread(_forget, home, kept, open_runs, files_age, max(age, failed_age))
         if vacuum:
             await vacuum(kept, deadletters.kept(home))
         size = await asyncio.to_thread(used, home)

@@ -152,6 +152,23 @@ def test_a_clock_that_is_years_ahead_forgets_nothing(
     assert left(home) == {"young"}
 
 
+def test_a_clock_that_is_weeks_ahead_takes_nothing_of_what_was_given_up(
+    home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be all that is left of that: a clock is ahead for an hour, and files don't come back."""
+    ended(home, plan, "given up", 1, monkeypatch)
+    folder = home.root / "failed" / "given up" / "files"
+    folder.mkdir(parents=True)
+    now = time.time()
+    with monkeypatch.context() as ahead:
+        ahead.setattr("time.time", lambda: now + 30 * DAY_S)
+        asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, (), failed_age=14 * DAY_S))
+    assert folder.is_dir() and left(home) == {"given up"}
+    os.utime(folder.parent, (now - 20 * DAY_S,) * 2)
+    asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, (), failed_age=14 * DAY_S))
+    assert not folder.exists()
+
+
 def test_the_clock_of_a_ledger_that_is_shared_decides(home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of what lies beside it: this host's clock may be ahead."""
     ended(home, plan, "young", 1, monkeypatch)
