@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 from blocks.base import Target
 from imaging.query import Match, Query, listed
 from tasks import DRIVERS
+from tasks.dispatch.delivery import MAX_ATTEMPTS
 from tasks.dispatch.push import delay_before
 from tasks.quiet import Quiet
 from tasks.retrieve.job import Job, Stage, Study, size_of
@@ -76,25 +77,31 @@ class Fetcher:
         """Whether the last study that was fetched is to be gone on with when there is room for it."""
         return self._halt.by_itself
 
-    def patiently(self, work: Callable[[], R]) -> R:
-        """Do some work, with as many attempts as the source's settings allow.
+    def patiently(self, work: Callable[[], R], came: Callable[[], int] = lambda: 0) -> R:
+        """Do some work, with as many attempts in vain as the source's settings allow.
+
+        Args:
+            came: returns how much of what it brings is here; what brings more is not in vain.
 
         Raises:
             DispatchError: that of the last attempt.
         """
-        attempt = 1
+        attempt, futile, here = 0, 0, came()
         while True:
+            attempt += 1
             try:
                 with self.quiet.errors():
                     return work()
             except DiskFull:
                 raise  # trying again makes no room
             except Retryable as exc:
-                attempt += 1
+                before, here = here, came()
+                futile = 0 if here > before else futile + 1
                 lost = isinstance(exc, NothingCame)  # which takes the source's idle timeout each time
-                if attempt > (1 if lost and self._in_vain else self.source.max_attempts) or self._halt.is_set():
+                most = 1 if lost and self._in_vain else self.source.max_attempts
+                if futile >= most or attempt >= MAX_ATTEMPTS or self._halt.is_set():
                     raise
-                self._wait(delay_before(attempt, self.source, exc))
+                self._wait(delay_before(max(futile, 1) + 1, self.source, exc))
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -251,7 +258,7 @@ class Fetcher:
     def _fetch_all(self, study: Study, folder: Path) -> None:
         for attempt in range(1, PARTIAL_TRIES + 1):
             try:
-                receipt = self.patiently(lambda: self._fetch(study, folder))
+                receipt = self.patiently(lambda: self._fetch(study, folder), lambda: size_of(folder)[0])
             except (Cancelled, DiskFull):
                 raise
             except DispatchError as exc:

@@ -40,6 +40,7 @@ from tasks.retrieve.job import Job, Stage, Study, folder_of
 from tasks.retrieve.report import report as report_retrieval
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
+from tests.servers import steps
 from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
 from tests.targets.dicom import dicom_target
 from tests.targets.pulling import GETS, only, port_of_moves
@@ -451,6 +452,27 @@ def test_of_a_study_that_broke_off_it_is_said_how_much_is_missing() -> None:
         asyncio.run(one.run())
     [came] = one.job.studies.values()
     assert (came.stage, came.instances, came.missing) == (Stage.PARTIAL, 1, 2)
+
+
+def test_over_a_link_that_breaks_again_and_again_attempts_that_got_further_are_not_counted() -> None:
+    given, refusals = list[str](), [0]
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        left = [one for one in found if one.uid not in given]
+        given.extend(one.uid for one in left[:1])
+        refusals[0] = 1  # it takes a moment until it is back
+        return [*map(Send, left[:1]), steps.Abort()] if left[1:] else sends(found)
+
+    def refuses(_: Any) -> Any:
+        refusals[0] -= 1
+        return steps.Reject(2, 3, 2) if refusals[0] == 0 else None
+
+    with archive(study("S1", 7), on_get=script) as peer:
+        peer.on_associate = refuses
+        one = made(peer, numbers="S1", source_fields={"max_attempts": 2, "retry_delay_s": 0, "concurrency": 1})
+        asyncio.run(one.run())
+    [came] = one.job.studies.values()
+    assert (came.stage, came.instances, came.reason) == (Stage.DELIVERED, 7, "")
 
 
 def peer_of(peer: Archive, files: list[bytes]) -> list[Instance]:
