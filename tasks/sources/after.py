@@ -10,8 +10,8 @@ gets its own name again, with the next sweep.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from transfer import roots
 from transfer.beneath import FOLDER, PATH_ONLY, above
 from transfer.content import copy_bytes, same_content, sha256
 from transfer.fingerprint import Fingerprint
+from transfer.home import host_name
 from transfer.layout import names
 from transfer.oserrors import passes, words_of
 from transfer.plan import Item, scan
@@ -282,8 +283,10 @@ def _placed(fd: int, folder: int, taken: str, tree: Tree, place: str) -> bool:
                 raise
         else:
             return True
-    part = "/".join(filter(None, (parent(place), f".talaria-{uuid.uuid4().hex[:16]}")))
     info = os.fstat(fd)
+    part = "/".join(filter(None, (parent(place), f".talaria-{_mark(info)}")))
+    with suppress(FileNotFoundError):
+        tree.unlink(part)  # what a kill has left of it
     try:
         with tree.opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as writer:
             copy_bytes(fd, writer)
@@ -299,6 +302,12 @@ def _placed(fd: int, folder: int, taken: str, tree: Tree, place: str) -> bool:
     finally:
         with suppress(FileNotFoundError):
             tree.unlink(part)
+
+
+def _mark(info: os.stat_result) -> str:
+    """Return what names a file while it is copied: the same after a kill, and another one on each host."""
+    which = f"{host_name()} {info.st_dev} {info.st_ino}"
+    return hashlib.blake2b(which.encode(), digest_size=8).hexdigest()
 
 
 def _finals(source: Source, folder: str, unit: ListedUnit) -> Mapping[str, str]:

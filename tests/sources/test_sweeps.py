@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from protocols.files.tree import Tree
 from talaria.testing import studies as material
 from tasks import DRIVERS
 from tasks.sources import after, writers
@@ -593,6 +594,33 @@ def test_who_could_read_a_file_can_read_it_where_it_was_moved_to(
     assert not names(bench.inbox) and names(sent) == {"1.2.3/files/a.dcm"}
     assert [stat.S_IMODE(one.stat().st_mode) for one in (place, place.parent, sent / "1.2.3")] == [0o444, 0o750, 0o750]
     assert place.read_bytes() == data and place.stat().st_mtime_ns == time_ns
+
+
+def test_what_a_kill_left_of_a_copy_goes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that is moved to another file system, which may have gigabytes."""
+    sent = bench.folder / "sent"
+    bench.source = bench.named(after="move", move_to=str(sent))
+    material.dicom(bench.inbox / "s" / "a.dcm")
+    copy, unlink = after.copy_bytes, Tree.unlink
+
+    def linking(source: Any, name: Any, **folders: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def copied(source: int, writer: int) -> None:
+        os.write(writer, b"half of it")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", linking)
+        patch.setattr(after, "copy_bytes", copied)
+        patch.setattr(Tree, "unlink", lambda tree, path: None)
+        bench.all()
+        patch.setattr(Tree, "unlink", unlink)
+        (left,) = names(sent)
+        assert left.startswith("s/.talaria-") and names(bench.inbox) == {"s/a.dcm"}
+        patch.setattr(after, "copy_bytes", copy)
+        bench.sweep()
+    assert names(sent) == {"s/a.dcm"} and not names(bench.inbox)
 
 
 @pytest.mark.parametrize("unit", ["study", "series"])
