@@ -30,7 +30,7 @@ from imaging.header import BEGINNING_BYTES, other_instance
 from transfer import roots
 from transfer.errors import Busy, NotFound
 from transfer.home import Home
-from transfer.live import replace
+from transfer.ledger import write_json
 from transfer.oserrors import words_of
 from transfer.plan import Plan
 from transfer.staging import discard
@@ -54,7 +54,7 @@ def keep(home: Home, run_id: str, plan: Plan, source: Path) -> str:
     discard(folder)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
-    replace(folder / SOURCE, {"source": os.fsencode(source).hex()})
+    write_json(folder / SOURCE, {"source": os.fsencode(source).hex()})
     os.rename(plan.root, folder / FILES)
     return str(folder / FILES)
 

@@ -18,7 +18,7 @@ from transfer import unitlist
 from transfer.deadletters import FILES, folder_of, is_whole
 from transfer.errors import DispatchError
 from transfer.home import Home
-from transfer.live import replace
+from transfer.ledger import write_json
 from transfer.staging import discard
 from transfer.studies import Each, FloodStudy, listed
 
@@ -82,7 +82,7 @@ class Letters:
             {"study": name, "number": number, "source": os.fsencode(source).hex()}
             for name, (number, source) in self._known.items()
         ]
-        replace(self.folder / STUDIES, {"studies": found})
+        write_json(self.folder / STUDIES, {"studies": found})
         kept = {str(number) for number, _ in self._known.values()}
         for folder in (self.folder / FILES).iterdir():
             if folder.name not in kept:

@@ -12,6 +12,7 @@ import pytest
 
 from talaria.testing import studies
 from transfer import deadletters
+from transfer.deadstudies import STUDIES, Letters
 from transfer.errors import Denied, NotFound
 from transfer.home import Home
 from transfer.plan import Plan, scan
@@ -33,6 +34,24 @@ def given_up(home: Home, source: Path) -> Plan:
     staged = stage(plan, home.staging / RUN)
     assert deadletters.keep(home, RUN, staged, plan.root)
     return plan
+
+
+def test_where_kept_files_came_from_is_on_the_disk(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut nobody would look for them: a file without that counts as none, and a study as not kept."""
+    flush, flushed = os.fsync, set[int]()
+
+    def noted(fd: int) -> None:
+        flushed.add(os.fstat(fd).st_ino)
+        flush(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    studies.ct(tmp_path / "study", 1)
+    given_up(home, tmp_path / "study")
+    letters = Letters(home, "flood")
+    letters.keep("CT-1", stage(scan([str(tmp_path / "study")]), home.staging / "flood").root, tmp_path / "study")
+    assert letters.save({"CT-1"})
+    for path in (deadletters.folder_of(home, RUN) / deadletters.SOURCE, letters.folder / STUDIES):
+        assert path.stat().st_ino in flushed
 
 
 def test_what_was_kept_is_read_as_the_dispatch_that_it_was(home: Home, tmp_path: Path) -> None:
