@@ -30,7 +30,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key, _ in node.value:
         if key.tag == "tag:yaml.org,2002:bool":  # `on:` is a word, and not true
             key.tag = "tag:yaml.org,2002:str"
-    keys = [loader.construct_object(key) for key, _ in node.value]
+    own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<` takes in another one's
+    keys = [loader.construct_object(key) for key in own]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
         raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)

@@ -112,6 +112,16 @@ def test_a_variable_that_is_not_closed_or_not_named(
     assert SECRET not in str(caught.value)
 
 
+def test_targets_may_take_in_what_others_have(tmp_path: Path) -> None:
+    path = tmp_path / "targets.yaml"
+    path.write_text(
+        "targets:\n  a: &a {type: folder, folder: /x, enabled: no}\n  b:\n    <<: *a\n    folder: /y\n"
+        "notify:\n  c: &c {type: command, command: page, on: [disk.low]}\n  d: {command: mail, <<: [*c]}\n"
+    )
+    assert configfile.read_filled(path)["b"] == {"type": "folder", "folder": "/y", "enabled": False}
+    assert configfile.read_filled(path, "notify")["d"] == {"type": "command", "command": "mail", "on": ["disk.low"]}
+
+
 def test_every_target_that_is_wrong_is_named(tmp_path: Path) -> None:
     path = tmp_path / "targets.yaml"
     path.write_text(
