@@ -7,13 +7,15 @@ Only for rules that hear of it. What is seen by several hosts, or again, happens
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -36,10 +38,12 @@ from tasks.checking import last_checks
 from tasks.dispatch import rest, running
 from tasks.dispatch.asked import asked_list
 from tasks.dispatch.hours import off_peak
+from tasks.documents import Broken
 from tasks.happened import happened
 from tasks.paging import every
 from tasks.sources.saved import KEPT
 from tasks.targets import all_targets
+from transfer.database import LOST
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
 from transfer.shared import of_queue
@@ -50,6 +54,7 @@ SURE_S = 600.0  # for which it was seen to be so: a worker that has just started
 DAYS = (1, 7, 30)  # before a certificate expires, when that is told
 OFFPEAK = "offpeak"
 FLOWS = ("dispatch", "retrieve")  # whose runs may be late: also a retrieval's dispatches, which have no deployment
+logger = logging.getLogger("talaria.notify")
 NOT_ENDED = [state for state in StateType if state not in TERMINAL_STATES]
 
 _unswept: dict[UUID, float] = {}  # sweeps that nobody has begun, since when they are known (`time.monotonic`)
@@ -65,25 +70,31 @@ async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterabl
     at_work = [rule for rule in rules if rule.enabled]
     heard = {event for rule in at_work for event in rule.on}
     if RuleEvent.LATE in heard:
-        await _late(client, ledger, {rule.late_s for rule in at_work if RuleEvent.LATE in rule.on})
+        late = {rule.late_s for rule in at_work if RuleEvent.LATE in rule.on}
+        await _apart(RuleEvent.LATE, _late(client, ledger, late))
     if RuleEvent.STUCK in heard:
-        await _say_unswept(client, ledger)
+        await _apart(RuleEvent.STUCK, _say_unswept(client, ledger))
     if not heard & {RuleEvent.UP, RuleEvent.CERTIFICATE, RuleEvent.DISK}:
         return
     saved = await all_targets(client)
     targets = [one for one in saved if isinstance(one, Target)]
     if RuleEvent.UP in heard:
-        await dead.ask_again(client, home, ledger, targets)
+        await _apart(RuleEvent.UP, dead.ask_again(client, home, ledger, targets))
     if RuleEvent.CERTIFICATE in heard:
-        checks = await last_checks(client, saved)
-        sources = [one for one in await KEPT.all(client) if isinstance(one, Source)]
-        known = await asyncio.to_thread(certificates.known, certificate, targets, checks, sources, ledger)
-        await asyncio.to_thread(_expiring, ledger, known)
-        peers.ask_again(home, targets)
+        await _apart(RuleEvent.CERTIFICATE, _say_expiring(client, home, ledger, saved, certificate))
     if RuleEvent.DISK in heard:
-        spaces = await asyncio.to_thread(disks.spaces, home, targets)
         wanted = {rule.free_percent for rule in at_work if RuleEvent.DISK in rule.on}
-        await asyncio.to_thread(_low, ledger, spaces, wanted)
+        await _apart(RuleEvent.DISK, asyncio.to_thread(_say_low, home, ledger, targets, wanted))
+
+
+async def _apart(event: RuleEvent, looking: Awaitable[None]) -> None:
+    """Look for one thing, so that what is wrong with it keeps nobody from hearing of the others."""
+    try:
+        await looking
+    except (*LOST, httpx.HTTPError):
+        raise
+    except Exception:
+        logger.exception("%s can't be looked for: an unexpected error", event)
 
 
 async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int]) -> None:
@@ -207,6 +218,21 @@ def _say_late(ledger: Ledger, run: FlowRun, late_s: int, again: str) -> None:
     for name in {one.rpartition("/")[2] for one in asked_list(run.parameters, "targets")}:
         known = {"target": name, "run": str(run.id), "dispatch": runs.dispatch_of(run), "late_s": late_s}
         happened(ledger, RuleEvent.LATE, known, key=f"late/{run.id}/{name}/{late_s}{again}")
+
+
+async def _say_expiring(
+    client: PrefectClient, home: Home, ledger: Ledger, saved: Sequence[Target | Broken], certificate: str
+) -> None:
+    checks = await last_checks(client, saved)
+    sources = [one for one in await KEPT.all(client) if isinstance(one, Source)]
+    targets = [one for one in saved if isinstance(one, Target)]
+    known = await asyncio.to_thread(certificates.known, certificate, targets, checks, sources, ledger)
+    await asyncio.to_thread(_expiring, ledger, known)
+    peers.ask_again(home, targets)
+
+
+def _say_low(home: Home, ledger: Ledger, targets: Iterable[Target], wanted: Collection[float]) -> None:
+    _low(ledger, disks.spaces(home, targets), wanted)
 
 
 def _expiring(ledger: Ledger, known: Iterable[certificates.KnownCertificate]) -> None:

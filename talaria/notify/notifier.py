@@ -61,6 +61,7 @@ class Notifier:
         self.home, self.raw, self.client, self.ready, self.certificate = home, raw, client, ready, certificate
         self.saved, self._contacts_of = saved, 0
         self._sending: set[asyncio.Task[None]] = set()  # and the step that is under way
+        self._watching: asyncio.Task[None] | None = None
         self._ledger: Ledger | None = None
         self._contacts: dict[str, str] = {}
         self._broken: dict[str, str] = {}  # rules whose settings are not valid, by name
@@ -86,8 +87,9 @@ class Notifier:
                     await asyncio.sleep(LONGEST_S / 60)
                 await asyncio.sleep(LOOK_S)
         finally:
-            if self._sending:
-                await asyncio.wait(self._sending, timeout=STOP_S)
+            left = self._sending | ({self._watching} if self._watching else set())
+            if left:
+                await asyncio.wait(left, timeout=STOP_S)
             if self._ledger is not None:
                 self._ledger.close()
 
@@ -114,8 +116,8 @@ class Notifier:
         rules = await self._rules()
         if watches:
             self._watched_at = time.monotonic()
-            if rules:
-                await self._watch(ledger, rules)
+            if rules and (self._watching is None or self._watching.done()):
+                self._watching = asyncio.create_task(self._watch(ledger, rules))
         if happened or watches:
             await self._collect(ledger, rules)
         room = AT_ONCE + 1 - len(self._sending)  # this step is among them
@@ -143,9 +145,15 @@ class Notifier:
         return [one for one in found if isinstance(one, Rule)]
 
     async def _watch(self, ledger: Ledger, rules: list[Rule]) -> None:
+        """Look for what nobody reports, beside the messages: what is silent, or an error, holds up none of them."""
         from talaria.notify.lookout import look
 
-        await look(await self.client(), self.home, ledger, rules, self.certificate)
+        try:
+            await look(await self.client(), self.home, ledger, rules, self.certificate)
+        except (*LOST, httpx.HTTPError) as exc:
+            logger.warning("what nobody reports can't be looked for now: %s: %s", type(exc).__name__, exc)
+        except Exception:
+            logger.exception("what nobody reports can't be looked for: an unexpected error")
 
     async def _collect(self, ledger: Ledger, rules: list[Rule]) -> None:
         from talaria.notify.collect import collect

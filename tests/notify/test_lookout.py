@@ -17,6 +17,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, Pending, Running, Scheduled
 
 from blocks.dicom import DicomTarget
+from blocks.rule import WebhookRule
 from talaria.notify import dead, lookout
 from talaria.notify.lookout import asked_for, late_from
 from talaria.testing.process import free_port, until
@@ -185,3 +186,23 @@ def test_a_target_that_is_back_is_heard_of_while_others_are_silent(
             until(lambda: "target.up" in [one.event for one in ledger.happenings.waiting(10)])
             assert asking.is_alive()
         asking.join()
+
+
+def test_a_look_that_fails_keeps_nobody_from_hearing_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def late(*args: Any) -> None:
+        raise TypeError("odd parameters")
+
+    async def none(*args: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+    monkeypatch.setattr(lookout, "_late", late)
+    monkeypatch.setattr(lookout, "all_targets", none)
+    rule = WebhookRule(url="http://h/", on=["dispatch.late", "disk.low"], free_percent=99.9999).named("ops")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        asyncio.run(lookout.look(cast(Any, None), Home(tmp_path), ledger, [rule], ""))
+        (one,) = ledger.happenings.waiting(9)
+    assert rule.hears(one.event, one.about) and one.event == "disk.low"
+    assert "dispatch.late can't be looked for" in caplog.text

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -227,6 +228,27 @@ def test_a_message_that_nobody_takes_is_given_up_after_days(
         failed(ledger, 1)
     running(Alone(home, webhook(hook)), until=lambda: newest(home).state == "failed")
     assert "is given up: it answers 500" in caplog.text
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_look_that_fails_or_never_ends_holds_up_no_message(
+    home: Home, hook: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, silent: bool
+) -> None:
+    over = asyncio.Event()
+
+    async def look(*args: Any) -> None:
+        if silent:
+            await over.wait()
+        raise TypeError("a run with odd parameters")
+
+    monkeypatch.setattr("talaria.notify.lookout.look", look)
+    monkeypatch.setattr(notifier, "STOP_S", 0.1)
+    one = Alone(home, webhook(hook))
+    one.client, one._watched_at = AsyncMock(), -notifier.WATCH_S  # type: ignore[method-assign]
+    with Ledger(home.ledger) as ledger:
+        failed(ledger, 1)
+    running(one, until=lambda: newest(home).state == SENT)
+    assert len(hook.taken) == 1 and ("a run with odd parameters" in caplog.text) is not silent
 
 
 def test_one_recipient_that_is_refused_does_not_hold_up_the_other(home: Home, tmp_path: Path) -> None:
