@@ -34,7 +34,9 @@ SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some 
 _RULE = re.compile(r"(?m)^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:[|+][-:+| \t]*)\r?$")  # below the titles of a table in text
 _ROWS = re.compile(r"(?m)^\(\d+ rows?\)\r?$")  # the last line of one that a database prints
 _COUNTED = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+(?=\S)")  # what stands before each line of a numbered list
-_SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?E\+\d+(?!\w)")
+_SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?[Ee]\+\d+(?!\w)")
+# As programs write lists: ['A1', 'A2'], accession IN ('A1', 'A2').
+_BRACKETS = re.compile(r"\s*(?:[\w.]+\s*=\s*|(?:[\w.]+\s+)?in\s*)?[\[(]([^\[\](){}]+)[\])]\s*;?\s*", re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"\n\r]*"')
 STANDARD_INPUT = Path("-")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
@@ -56,6 +58,8 @@ def accessions(text: str) -> tuple[str, ...]:
         NoNumbers: there is a title alone, or signs: a search without numbers would find everything.
     """
     text = _BLANK_LINES.sub("", SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff"))))
+    if (in_brackets := _BRACKETS.fullmatch(text)) and re.search("[,'\"]", in_brackets[1]):
+        text = re.sub("'([^'\"\n]*)'", r'"\1"', in_brackets[1])
     if "|" in text and _RULE.search(text):  # as wikis and databases print tables
         text = "\n".join(
             line.strip().strip("|").replace("|", "\t") for line in _ROWS.sub("", _RULE.sub("", text)).splitlines()

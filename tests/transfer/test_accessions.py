@@ -36,6 +36,12 @@ from transfer.errors import Misconfigured
         ("Fall;Name;Datum\n0012;Meier;20240101\n0013;;20240102\n", ("0012", "0013")),
         ('Case,Name\r\n1,"Meier, Hans"\r\n2,Huber\r\n', ("1", "2")),
         ('="0012"\r\n="0013"\r\n', ("0012", "0013")),
+        # As programs write lists.
+        ("('A1','A2',\n 'A 3')", ("A1", "A2", "A 3")),
+        ("numbers = ['A1', 'A2']", ("A1", "A2")),
+        ('study.accession IN ("A1", "A2");', ("A1", "A2")),
+        ("(A1, A2)", ("A1", "A2")),
+        ("(A1)", ("(A1)",)),
         ('="0012",="0013"', ("0012", "0013")),
         ("'0012\n'0013", ("0012", "0013")),
         ("sep=;\r\nName;Accession\r\nx;A1\r\ny;A2\r\n", ("A1", "A2")),
@@ -131,9 +137,13 @@ def test_what_is_no_number_is_refused(text: str) -> None:
         accessions(text)
 
 
-@pytest.mark.parametrize("text", ["1.23E+05", "A1\n1,23E+11", "A1,2E+05,A3", "Name;Accession\nx;1.23E+11\ny;A2"])
+@pytest.mark.parametrize(
+    "text", ["1.23E+05", "A1\n1.234568e+10", "A1\n1,23E+11", "A1,2E+05,A3", "Name;Accession\nx;1.23E+11\ny;A2"]
+)
 def test_what_a_spreadsheet_has_shortened_is_refused_and_not_looked_for(text: str) -> None:
-    with pytest.raises(Misconfigured, match=r"E\+\d\d is what a spreadsheet has left .* format that column as text"):
+    with pytest.raises(
+        Misconfigured, match=r"(?i)E\+\d\d is what a spreadsheet has left .* format that column as text"
+    ):
         accessions(text)
 
 
