@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from transfer.answers import limit, limited
 from transfer.errors import DispatchError, LedgerAway, LedgerFull, Misconfigured
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 BUSY_S = 30  # how long a writer waits for another process's commit, or for a server that is away
 AT_ONCE_S = 0.02  # between two attempts to change a new file of SQLite's that another process changes as well
 AGAIN_S = 0.5  # between two attempts to reach one
+SET_UP_S = 600.0  # for a statement that makes tables, or brings them up to date
 WAIT_S = 0.2  # between two attempts to take a lock that another host holds
 SET_UP = 0x74616C61  # key of the advisory lock under which tables are made
 PREFIXES = ("postgresql://", "postgres://", "postgresql+psycopg://")
-# A server that is gone without a word is noticed within these.
+# A server that is gone without a word is noticed within these; one that is silent, and whose machine, or a proxy before
+# it, goes on to take what it is sent, by the limit on each answer.
 KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
 KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
 # What a ledger raises whose database is away, or whose disk is: nothing that it is asked says that it is wrong.
@@ -225,8 +228,9 @@ class Postgresql:
     LISTED = "SELECT json_array_elements_text(CAST(? AS json))"
     shared = True
 
-    def __init__(self, url: str, tables: Tables) -> None:
+    def __init__(self, url: str, tables: Tables, answer_s: float) -> None:
         self._engine, self._ahead = _set_up(url, tables)
+        self._answer_s = answer_s
         self._lock = threading.RLock()
         self._held: Connection | None = None  # taken once: to take one for each statement costs as much as it does
         self._within = False  # a block of `writing`
@@ -248,10 +252,16 @@ class Postgresql:
         if self._held is None:
             if self._within:  # the connection is gone, and what had been done in the block
                 raise LedgerAway("the connection to the ledger's database broke")
-            self._held = self._engine.connect()
+            self._held = self._connected()
         # PostgreSQL's texts hold no NUL; nothing but a peer's own words could have one.
         given = tuple(one.replace("\0", "") if isinstance(one, str) else one for one in parameters)
         return _Fetched(self._held.exec_driver_sql(_prepared(statement), given))
+
+    def _connected(self) -> Connection:
+        """Take a connection of this process, which is given up if an answer takes too long."""
+        connection = self._engine.connect()
+        limit(connection, self._answer_s)
+        return connection
 
     def _let_go(self) -> None:
         held, self._held = self._held, None
@@ -259,6 +269,7 @@ class Postgresql:
             with suppress(*_lost()):
                 held.invalidate()
                 held.close()
+            self._engine.dispose()  # those that lead to the same server, which may be another's standby by now
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -285,7 +296,7 @@ class Postgresql:
     def exclusive(self, name: str, check: Callable[[], None]) -> Iterator[None]:
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
         try:
-            held = self._engine.connect()  # the lock is the connection's
+            held = self._connected()  # the lock is the connection's
         except _lost() as exc:
             raise _away(exc) from exc
         with held:
@@ -323,9 +334,13 @@ def _passes(exc: BaseException) -> LedgerAway | None:
     return LedgerAway(HELD) if code == sqlite3.SQLITE_BUSY else None
 
 
-def opened(where: Path | str, tables: Tables) -> Database:
-    """Open the database that a path or a URL names; make its tables if they aren't there."""
-    return Sqlite(where, tables) if isinstance(where, Path) else Postgresql(where, tables)
+def opened(where: Path | str, tables: Tables, answer_s: float = BUSY_S) -> Database:
+    """Open the database that a path or a URL names; make its tables if they aren't there.
+
+    Args:
+        answer_s: the longest time that a PostgreSQL server may be silent, in seconds, until another way is tried.
+    """
+    return Sqlite(where, tables) if isinstance(where, Path) else Postgresql(where, tables, answer_s)
 
 
 class _Fetched:
@@ -350,13 +365,17 @@ def _prepared(statement: str) -> str:
 
 @functools.cache
 def _lost() -> tuple[type[Exception], ...]:
-    from sqlalchemy.exc import InterfaceError, OperationalError
+    """Return the errors that say that a connection is of no use: the next one may lead to a server that is well.
 
-    return OperationalError, InterfaceError
+    An InternalError is, of a database that others have set to read-only: a standby, or a disk that is nearly full.
+    """
+    from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+
+    return OperationalError, InterfaceError, InternalError
 
 
 def _away(exc: Exception) -> LedgerAway:
-    return LedgerAway(f"the ledger's database can't be reached: {_words(exc)}")
+    return LedgerAway(f"the ledger's database can't be used now: {_words(exc)}")
 
 
 def _words(exc: Exception) -> str:
@@ -384,7 +403,7 @@ def _options() -> dict[str, Any]:
 @functools.cache
 def _engine(url: str) -> Engine:
     """Return this process's connections to a database."""
-    from sqlalchemy import create_engine, make_url
+    from sqlalchemy import create_engine, event, make_url
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     if not url.startswith(PREFIXES):
@@ -392,7 +411,7 @@ def _engine(url: str) -> Engine:
     options = " ".join(f"-c {name}={value}" for name, value in _options().items())
     try:
         parts = make_url(url).set(drivername="postgresql+psycopg")
-        return create_engine(
+        engine = create_engine(
             parts,
             isolation_level="AUTOCOMMIT",
             pool_pre_ping=True,
@@ -401,6 +420,8 @@ def _engine(url: str) -> Engine:
             hide_parameters=True,  # in messages of errors
             connect_args=KEEPALIVE | {"options": options, "application_name": "talaria"},
         )
+        event.listen(engine, "do_connect", lambda _dialect, _record, given, named: limited().connect(*given, **named))
+        return engine
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as exc:
         why = "install the extra `postgresql`" if isinstance(exc, ModuleNotFoundError) else "it is not a valid URL"
         raise Misconfigured(f"the ledger's database can't be used: {why}") from None  # its URL may hold a password
@@ -419,6 +440,7 @@ def _set_up(url: str, tables: Tables) -> tuple[Engine, float]:
         try:
             if (url, tables) not in _known:
                 with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
+                    limit(connection, SET_UP_S)
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({SET_UP})"))
                     connection.execute(text("CREATE SCHEMA IF NOT EXISTS talaria"))
                     connection.execute(text("CREATE TABLE IF NOT EXISTS version (number INTEGER PRIMARY KEY)"))
@@ -432,6 +454,7 @@ def _set_up(url: str, tables: Tables) -> tuple[Engine, float]:
                     now = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
                     _known[url, tables] = _now(), float(now) - (asked + _now()) / 2
         except _lost() as exc:
+            engine.dispose()
             raise _away(exc) from exc
         except ProgrammingError as exc:  # no right to make the tables
             raise Misconfigured(f"the ledger's tables can't be made: {_words(exc)}") from exc

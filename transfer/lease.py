@@ -64,7 +64,8 @@ class Lease:
         self.owner = ""
 
     def __enter__(self) -> Self:
-        self._ledger = Ledger(self._home.ledger)
+        # It leaves a connection that is silent while there is time to renew the lease by another one.
+        self._ledger = Ledger(self._home.ledger, answer_s=self._seconds / BEATS)
         try:
             self._begin()
         except BaseException:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from transfer import confirmed, deliveries, happenings, held, messages, rests, runs, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
-from transfer.database import NO_ROOM, Tables, opened
+from transfer.database import BUSY_S, NO_ROOM, Tables, opened
 from transfer.deliveries import Deliveries
 from transfer.errors import LedgerFull
 from transfer.happenings import Happenings
@@ -81,6 +81,7 @@ class Ledger:
 
     Args:
         where: the file of SQLite's, made, with mode 0600, if it isn't there; or the URL of a PostgreSQL database.
+        answer_s: the longest time that its server may be silent, in seconds, until another connection is tried.
 
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged.
@@ -97,8 +98,8 @@ class Ledger:
         held: who holds slots of targets.
     """
 
-    def __init__(self, where: Path | str) -> None:
-        self._db = opened(where, TABLES)
+    def __init__(self, where: Path | str, answer_s: float = BUSY_S) -> None:
+        self._db = opened(where, TABLES, answer_s)
         self.happenings, self.messages = Happenings(self._db), Messages(self._db)
         self.sources, self.waits = Sourcebook(self._db), Waits(self._db)
         self.deliveries, self.runs = Deliveries(self._db), Runs(self._db, self.happenings)

@@ -12,7 +12,8 @@ import textwrap
 import threading
 import time
 import traceback
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -490,6 +491,60 @@ def test_no_error_shows_the_password_of_its_database(url: str, postgres: Postgre
         Ledger(url.format(f"127.0.0.1:{postgres.port}"))
     assert "hunter2" not in "".join(traceback.format_exception(raised.value))
     assert isinstance(raised.value, Misconfigured) or "password authentication failed" in str(raised.value)
+
+
+def backend(ledger: Ledger) -> int:
+    """The server's process for the ledger's connection."""
+    (pid,) = ledger._db.execute("SELECT pg_backend_pid()").fetchone()
+    return int(pid)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that stands still during the block: its socket takes what comes, and nobody answers."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_connection_on_which_the_server_is_silent_is_left_for_another(postgres: PostgreSql) -> None:
+    with Ledger(postgres.new(), answer_s=0.2) as ledger:
+        ledger.runs.begins("r", "owner")
+        with stopped(silent := backend(ledger)):
+            assert ledger.runs.owner_of("r") == "owner"
+            assert backend(ledger) != silent
+        with ExitStack() as held, pytest.raises(LedgerAway, match="no answer for 0 seconds"), ledger.together():
+            ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+            held.enter_context(stopped(backend(ledger)))
+            ledger.record("d", "pacs", "e", ITEMS[1], DELIVERED)
+        assert ledger.outcomes("d", "pacs", ITEMS) == {}
+        with ExitStack() as held:
+            with ledger.exclusive("push", lambda: None):
+                ((lock,),) = ledger._db.execute("SELECT pid FROM pg_locks WHERE locktype='advisory'").fetchall()
+                held.enter_context(stopped(lock))
+            assert ledger.runs.owner_of("r") == "owner"
+
+
+def test_a_database_that_may_only_be_read_is_away_until_it_may_be_written_again(
+    postgres: PostgreSql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a standby, or as hosters set it when its disk is nearly full."""
+    monkeypatch.setattr(database, "BUSY_S", 0)
+    url = postgres.new()
+    name = url.rpartition("/")[2]
+    postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only=on")
+    with pytest.raises(LedgerAway, match="read-only transaction"):
+        Ledger(url)
+    postgres.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    with Ledger(url) as ledger:
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        ledger._db.execute("SET default_transaction_read_only=on")
+        with pytest.raises(LedgerAway, match=r"can't be used now: .*read-only transaction"):
+            ledger.record("d", "pacs", "e", ITEMS[1], DELIVERED)
+        ledger.record("d", "pacs", "e", ITEMS[2], DELIVERED)  # on a connection that has been made since
+        assert ledger.outcomes("d", "pacs", ITEMS) == {"a/0.dcm": DELIVERED, "a/2.dcm": DELIVERED}
 
 
 def test_the_server_gives_back_the_locks_of_a_host_that_lost_power_before_its_lease_ends(postgres: PostgreSql) -> None:
