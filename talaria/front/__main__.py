@@ -33,6 +33,7 @@ from talaria.front.heard import AuditWriter
 from talaria.front.impatient import ImpatientProtocol
 from talaria.front.keys import Door, KeyRing
 from talaria.front.offered import OfferedNames
+from talaria.front.own_parts import OwnParts
 from talaria.front.remote import RemotePrefect
 from talaria.front.removed import UsedTargets
 from talaria.front.upstream import Upstream
@@ -125,7 +126,8 @@ class Front:
         self._reach = reach
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
         offered = OfferedNames(self.upstream, reach.office_in)
-        behind = UsedTargets(FollowedSources(offered, reach.office_in), reach.office_in)
+        kept = OwnParts(offered, reach.office_in)
+        behind = UsedTargets(FollowedSources(kept, reach.office_in), reach.office_in)
         self.app = build(KeyRing(home), door, self.upstream, own, self.heard, behind)
 
     def _load(self) -> tuple[Application, Any]:
