@@ -11,6 +11,8 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
+
 from talaria.engine import hosts
 from talaria.engine.asgi import Application, Message, Receive, Send, again, read, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
@@ -61,8 +63,6 @@ def _removes(scope: Message) -> bool:
 
 async def _why_not(client: Any, path: str, body: bytes) -> str:
     """Return why what a path names must stay; "" if it may go, or is Prefect's to refuse."""
-    from prefect.exceptions import ObjectNotFound
-
     if pool := _POOL.fullmatch(path):
         return await _of_queue(client, pool[1]) if pool[1] else f"all runs of Talaria stand in the work pool {POOL}"
     if many := _MANY.fullmatch(path):
@@ -75,7 +75,7 @@ async def _why_not(client: Any, path: str, body: bytes) -> str:
         return await _of_many(client, one[1], {"id": {"any_": [one[2]]}}) if one else ""
     try:
         queue = (await client.request("GET", "/work_queues/{id}", path_params={"id": one[2]})).json()
-    except ObjectNotFound:
+    except httpx.HTTPStatusError:  # there is none
         return ""
     return await _of_queue(client, queue["name"]) if queue.get("work_pool_name") == POOL else ""
 
