@@ -73,12 +73,17 @@ def let_writers_wait() -> None:
 async def _begin_transaction(
     self: AioSqliteConfiguration, session: AsyncSession, with_for_update: bool = False
 ) -> AsyncIterator[AsyncSessionTransaction]:
-    """Begin IMMEDIATE, in turn: SQLite itself lets waiting writers in at random, some of them after many seconds."""
+    """Begin IMMEDIATE, in turn: SQLite itself lets waiting writers in at random, some of them after many seconds.
+
+    At once: what Prefect reads meanwhile, in another session, begins as it would, or it would wait for this one's end.
+    """
     turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
     token: Any = SQLITE_BEGIN_MODE.set("IMMEDIATE")
     mine = await _taken(turn)
     try:
         async with session.begin() as transaction:
+            await session.connection()
+            SQLITE_BEGIN_MODE.set("DEFERRED")
             yield transaction
     finally:
         if mine:

@@ -144,6 +144,17 @@ def test_writers_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.Monkey
     assert asyncio.run(run()) == (True, False)
 
 
+def test_what_prefect_reads_beside_a_transaction_does_not_wait_for_it(up: Talaria) -> None:
+    """Who paused a queue was answered 503 after a minute, in which nobody else could write."""
+    path = "/work_pools/talaria/queues"
+    up.api("POST", path, name="read-beside")
+    for paused in (True, False):
+        up.as_worker("PATCH", f"{path}/read-beside", {"is_paused": paused})
+        assert up.api("GET", f"{path}/read-beside")["is_paused"] is paused
+    up.api("DELETE", f"{path}/read-beside")
+    assert not [call for call in calls(up) if call.endswith(" 503")]
+
+
 def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> None:
     (deployment,) = up.api("POST", "/deployments/filter", flows={"name": {"any_": ["dispatch"]}})
     user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
