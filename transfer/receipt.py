@@ -92,6 +92,12 @@ class Receipt:
         seen = lines.counts(self.items)
         return {kind: seen[kind] for kind in Kind}
 
+    @property
+    def words(self) -> str:
+        """How many items had which outcome, for people; "" if there are none."""
+        counts = self.counts | {Kind.UNSENT: self.unsent}
+        return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
     def of(self, *kinds: Kind) -> Iterator[ItemResult]:
         """Yield the items whose outcome is of one of these kinds."""
         return lines.of(self.items, kinds)

@@ -159,8 +159,7 @@ def standing(receipt: Receipt) -> Standing:
 
 def sentence(receipt: Receipt) -> str:
     """Return a receipt in a line, for the state of its run."""
-    counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
-    parts = [one for one in (counts, receipt.error) if one]
+    parts = [one for one in (receipt.words, receipt.error) if one]
     parts += [f"hook {receipt.hook}"] if receipt.hook == "failed" else []
     return f"{receipt.target} {receipt.state}: " + (", ".join(parts) or "nothing")
 

@@ -101,8 +101,9 @@ async def push(delivery: Delivery) -> None:
     # Where all was there, it may not have been asked for more than a check asks.
     said = breaker.answered if delivery.heard else breaker.reached
     await asyncio.to_thread(said, delivery.ledger, _node(delivery))
-    counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
-    logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
+    logger.info(
+        "%s: %s, %d bytes in %.1f s", target.name, receipt.words or "nothing to do", receipt.bytes, receipt.seconds
+    )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

@@ -228,11 +228,10 @@ def _links(path: Path, flow_run_id: str) -> str:
 def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], links: str) -> str:
     lines = [f"# Dispatch `{dispatch_id}`: {state}", "", links, ""]
     for receipt in receipts:
-        counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count) or "nothing"
         lines += [
             f"## [{receipt.target}](/talaria/targets/{receipt.target}): {receipt.state}",
             "",
-            f"{counts}; verified: {receipt.verified}.",
+            f"{receipt.words or 'nothing'}; verified: {receipt.verified}.",
         ]
         lines += [f"\n**{_plain(receipt.error)}**"] if receipt.error else []
         lines += [f"\n{_plain(note)}" for note in receipt.notes]

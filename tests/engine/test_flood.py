@@ -23,6 +23,7 @@ from talaria.testing import studies as material
 from talaria.testing.process import free_port
 from tasks.dispatch import breaker
 from tasks.dispatch.delivery import HookFailed
+from tasks.dispatch.ends import sentence
 from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.push import push as push_once
 from tasks.dispatch.report import pieces
@@ -678,6 +679,7 @@ def test_a_target_that_is_given_up_before_anything_is_read_says_why_of_each_stud
     assert now["state"] == "partial" and now["targets"]["here"] == row["targets"]["here"]
     assert now["targets"]["off"] == row["targets"]["off"] | {"state": "failed", "error": "nobody there"}
     assert failure(now, "") == "off: nobody there"
+    assert sentence(off) == "off waiting: 1 unsent"  # of which it said "nothing"
     assert rows_given_up([row], {}) == [row]
 
 
