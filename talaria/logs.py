@@ -17,6 +17,9 @@ from typing import Any
 SETTING = "TALARIA_LOG_JSON"
 # Roots of loggers whose modules are ours.
 OURS = ("talaria", "tasks", "blocks", "protocols", "transfer", "imaging")
+DATES = "%Y-%m-%d %H:%M:%S"  # logs are kept for months
+# Where Prefect's handler for the console reads it.
+DATES_SETTING = "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT"
 TEXT = "%(asctime)s.%(msecs)03d | %(levelname)-7s | %(name)s - %(message)s"
 # Of Prefect's records of runs, and what they are called here.
 IDS = {"flow_run_id": "run", "task_run_id": "task", "flow_run_name": "run_name", "task_run_name": "task_name"}
@@ -56,7 +59,7 @@ class _Handler(logging.StreamHandler[Any]):
 
 def set_up() -> None:
     """Let this process's loggers write to standard error; may be called again, when Prefect has set up its own."""
-    formatter = JsonLine() if as_json() else logging.Formatter(TEXT, "%H:%M:%S")
+    formatter = JsonLine() if as_json() else logging.Formatter(TEXT, DATES)
     for name in OURS:
         logger = logging.getLogger(name)
         if not any(isinstance(one, _Handler) for one in logger.handlers):

@@ -28,6 +28,7 @@ import httpx
 from talaria import listener
 from talaria.entrance import Entrance
 from talaria.errors import ServerError, prefect_away
+from talaria.logs import DATES, DATES_SETTING
 from talaria.settings import client_environment, server_environment
 from transfer.home import Home, locked
 
@@ -82,7 +83,7 @@ def child(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env={**os.environ, **env},
+            env={DATES_SETTING: DATES, **os.environ, **env},
             start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our children in order
             preexec_fn=die_with_parent,
             umask=umask,

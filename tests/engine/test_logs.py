@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -81,6 +82,9 @@ def test_the_states_of_a_run_are_lines_of_the_worker_s_log(up: Talaria, tmp_path
         f"run.completed: run {run} is Completed",
     ]
     up.until(lambda: said() == expected)
+    lines = (up.home / "logs" / "worker.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} \| ", one) for one in lines if " | INFO " in one)
+    assert any(" | Flow run " in one for one in lines)  # Prefect's own as well
 
 
 def test_an_error_s_trace_stays_in_its_line_and_text_stays_text(
