@@ -14,7 +14,8 @@ _WHOLE = "must be a whole number{range}"
 _NUMBER = "must be a number{range}"
 _SAID = {
     "missing": "is required",
-    "extra_forbidden": "unknown field",
+    "extra_forbidden": "unknown field{names}",
+    "model_type": "must be written with its fields, as in {{{first}: …}}",
     "string_type": "must be text: put it in quotes, or leave the field out",
     "int_type": _WHOLE,
     "int_parsing": _WHOLE,
@@ -134,9 +135,19 @@ def _words(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
         said = plain(str(error["msg"]))
     else:
         field = fields.get(str(error["loc"][0])) if error["loc"] else None
-        said = said.format(range=_range(getattr(field, "metadata", ()), context), expected=context.get("expected"))
+        names, first = _inner(field)
+        names = f": there are {names}" if names and len(error["loc"]) > 1 else ""
+        bounds, expected = _range(getattr(field, "metadata", ()), context), context.get("expected")
+        said = said.format(range=bounds, expected=expected, names=names, first=first)
     # Validators that look at several fields name them by themselves.
     return said if not where or said.startswith(f"{where} ") else f"{where}: {said}"
+
+
+def _inner(field: Any) -> tuple[str, str]:
+    """Return the names of the fields of a list's elements, and the first; nothing where they have none."""
+    kinds = get_args(getattr(field, "annotation", None))
+    names = next((list(one.model_fields) for one in kinds if hasattr(one, "model_fields")), [])
+    return ", ".join(names), next(iter(names), "")
 
 
 def _range(metadata: Iterable[object], context: Mapping[str, Any]) -> str:

@@ -139,6 +139,18 @@ def test_a_list_that_can_not_be() -> None:
         entry(Source, SOURCES, "b" * 61, values)
 
 
+@pytest.mark.parametrize(
+    ("peers", "words"),
+    [
+        (["10.1.2.3"], r"peers\.0: must be written with its fields, as in \{aet: …\}$"),
+        ([{"ip": "10.1.2.3"}], r"peers\.0\.ip: unknown field: there are aet, host, port$"),
+    ],
+)
+def test_how_a_peer_is_written_is_said(peers: list[Any], words: str) -> None:
+    with pytest.raises(Misconfigured, match=words):
+        entry(Source, SOURCES, "ct", {"type": "dicom", "targets": ["pacs"], "peers": peers})
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_field_says_how_forms_show_it(name: str) -> None:
     cls, known = SOURCES[name], {str(group) for group in Group}
