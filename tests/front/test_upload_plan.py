@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from blocks.folder import FolderTarget
+from protocols.files import filesystem as fs
 from talaria.front.access import Role
 from talaria.service import dispatches
 from tests.engine.material import study
@@ -60,3 +61,30 @@ def test_what_would_be_sent_is_shown_and_then_sent_once(tmp_path: Path, monkeypa
     run(house, "olga", case)
     run(house, "adam", stranger)
     assert made == [where[0].split("/")[3]]
+
+
+def test_what_is_sent_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut files may be empty that are not, and what is no image is left out without a word."""
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    house = House(tmp_path / "home")
+    house.add("olga", Role.OPERATOR)
+    flushed: list[set[str]] = []
+
+    def noted(folder: Path, check: Any) -> bool:
+        flushed.append(there(str(folder / "files")))
+        return True
+
+    async def create(office: Any, paths: list[str], targets: list[str], **asked: Any) -> dict[str, Any]:
+        assert flushed == [{"1.dcm", "2.dcm"}]
+        return {"flow_run_id": "r1"}
+
+    monkeypatch.setattr(fs, "flush_all", noted)
+    monkeypatch.setattr(dispatches, "create_dispatch", create)
+    one, two = study("U7", series=1, each=2)
+    files = [("files", ("day.zip", archived(**{"1.dcm": one}))), ("files", ("2.dcm", two))]
+
+    async def case(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/talaria/upload", data={"to": "arch"}, files=files)
+        assert answer.headers["location"] == "/talaria/dispatches/r1"
+
+    run(house, "olga", case)

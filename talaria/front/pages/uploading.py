@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from protocols.files import filesystem as fs
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import AWAY, WRONG, answer_to, said
 from talaria.front.pages.incoming import FormOfFiles
@@ -252,8 +254,18 @@ class UploadPages:
             raise Misconfigured(text("upload.missing", count=count))
         if not upload.asked["to"]:
             raise Misconfigured(text("send.no_target"))
-        await asyncio.to_thread(upload.unpack)
+        await asyncio.to_thread(_unpack, upload)
         return [str(await asyncio.to_thread(upload.top) if upload.asked["each"] else upload.content)]
+
+
+def _unpack(upload: BrowserUpload) -> None:
+    """Unpack the archives of an upload, and flush it to disk: a file that a power cut emptied would be no image."""
+    upload.unpack()
+    try:
+        if not fs.flush_all(upload.folder, lambda: None):
+            os.sync()
+    except OSError as exc:
+        raise uploads.trouble(exc) from exc
 
 
 def _asked(sent: dict[str, str], to: list[str]) -> dict[str, Any]:
