@@ -130,6 +130,19 @@ def test_true_is_no_number(app: FastAPI, path: str, body: Any, words: str) -> No
     assert answer.status_code == 422 and answer.json()["error"].startswith(words)
 
 
+def test_a_parameter_that_a_route_does_not_have_is_refused(app: FastAPI) -> None:
+    """It would be as if it were not there: all targets tested, and removed what was only to be looked at."""
+    for method, path, words in (
+        ("DELETE", "/targets/pacs?dry_run=true", "unknown parameter 'dry_run': this route takes none"),
+        ("POST", "/target-tests?target=pacs", "unknown parameter 'target': this route takes move, name"),
+        ("POST", "/dispatches/1/retry?only=pacs&onyl=pacs", "unknown parameter 'onyl': this route takes only"),
+        ("GET", "/dispatches?limit=5&page=2", "unknown parameter 'page': this route takes failed, limit"),
+    ):
+        answer = ask(app, method, path)
+        assert answer.status_code == 422 and answer.json() == {"error": words}
+    assert ask(app, "POST", "/target-tests?name=pacs&move=no").status_code == 503, "Prefect is away"
+
+
 def test_errors_have_one_form(app: FastAPI) -> None:
     assert "no such route" in ask(app, "GET", "/nothing").json()["error"]
     assert "no such method" in ask(app, "DELETE", "/health").json()["error"]

@@ -24,6 +24,7 @@ from transfer.validation import what_is_wrong
 logger = logging.getLogger(__name__)
 WRONG, MISSING, CONFLICT, TARGET, AWAY, BUG = 422, 404, 409, 502, 503, 500
 
+SHOWN = 40  # characters of a name that is not known
 _BODY = "the body must be a JSON object in UTF-8, not compressed (Content-Type application/json)"
 _NO_JSON = ("json_invalid", "model_attributes_type")  # pydantic's names of what is wrong with a whole body
 
@@ -62,9 +63,14 @@ class Answering(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
+        known = {field.alias for field in self.dependant.query_params}  # what it depends on takes none
 
         async def answered(request: Request) -> Response:
             try:
+                # `DELETE …?dry_run=true` must not remove anything.
+                if unknown := [name for name in request.query_params if name not in known]:
+                    takes = f"this route takes {', '.join(sorted(known))}" if known else "this route takes none"
+                    return said(WRONG, f"unknown parameter {unknown[0][:SHOWN]!r}: {takes}")
                 return await handler(request)
             except (RequestValidationError, HTTPException):
                 raise  # the application's, as below
