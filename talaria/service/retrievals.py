@@ -121,7 +121,7 @@ async def create_retrieval(
         NotFound, Misconfigured, ValueError: it can't be done, or nothing is asked for.
     """
     wanted = _query(**keys)
-    numbers = tuple(dict.fromkeys((*wanted.AccessionNumber, *numbers)))
+    numbers = tuple(dict.fromkeys(one for one in (*wanted.AccessionNumber, *numbers) if one.strip()))
     if bool(targets) == bool(into):
         raise ValueError("give either --to NAME or --into FOLDER")
     parameters: dict[str, Any] = {

@@ -459,7 +459,8 @@ def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) 
         trail = up.told("audit", "show", "--last", "50")["entries"]
         assert "PatientName" in [one for one in trail if one["event"] == "query"][-1]["details"]["keys"]
         assert not any("Nobody" in json.dumps(one) for one in trail)
-        assert api.post("/retrievals", json={"source": "src", "into": into}).status_code == 422
+        for nothing in ({}, {"numbers": ["", " "]}):
+            assert api.post("/retrievals", json={"source": "src", "into": into} | nothing).status_code == 422
         assert api.get(f"/retrievals/{made['flow_run_id']}").json()["run"]["kind"] == "retrieval"
 
 
