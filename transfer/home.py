@@ -54,7 +54,7 @@ class Home:
         if info.st_uid != os.geteuid():  # whoever owns it can change what we keep there
             raise PermissionError(errno.EPERM, "the state directory belongs to another user", str(home.root))
         if info.st_mode & 0o077:  # made by something else, for everybody to read
-            there = set(os.listdir(home.root))
+            there = {name for name in os.listdir(home.root) if not name.startswith(".")}  # as .snapshot of a volume
             if there - NEW and not there & OURS:  # /tmp, or /: nobody else could use it any more
                 words = "it has files of others, who would be shut out: let TALARIA_HOME name a new folder"
                 raise PermissionError(errno.EPERM, words, str(home.root))

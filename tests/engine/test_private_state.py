@@ -66,6 +66,7 @@ def test_a_folder_that_others_use_is_no_state_directory(tmp_path: Path, monkeypa
     (folder / "theirs").rename(folder / "api.auth")  # of one whose mode somebody has changed
     assert Home.current().root == folder and folder.stat().st_mode & 0o777 == 0o700
     (folder / "api.auth").rename(folder / "talaria.toml")  # of one that is to be
+    (folder / ".snapshot").mkdir()
     folder.chmod(0o755)
     assert Home.current().root == folder and folder.stat().st_mode & 0o777 == 0o700
 
