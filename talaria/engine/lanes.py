@@ -189,9 +189,14 @@ def name() -> str:
 async def claim(client: PrefectClient, run_id: UUID, by: str) -> bool:
     """Set a run to Pending, which makes it ours; return False if it is another's, or its state has changed.
 
+    A request that was on its way when this host was cut off may come when another one has completed the run, and is
+    accepted then: `recovery.abandoned` puts that right.
+
     Args:
         by: name of this process, which the state's message says.
     """
+    if running.lost(str(run_id)):  # this process was paused since it has it in the ledger
+        return False
     ours: State[Any] = Pending(message=f"{TAKEN_BY}{by}")
     try:
         result: OrchestrationResult[Any] = await client.set_flow_run_state(run_id, ours)

@@ -111,11 +111,13 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, begun: li
             if owner and lease.living(home, ledger)(owner):
                 continue
             taker = await _taker(client, flow_run)
-            # Where nobody is named, it may be any worker's.
-            if taker in others if taker else others:
-                continue
-            if taker in ours if state.is_pending() else taker and not _ended_here(ledger, run_id, taker):
-                continue
+            over = bool(taker) and _ended_here(ledger, run_id, taker)
+            if not (state.is_pending() and over):  # else the claim came late (`lanes.claim`), and its taker has let go
+                # Where nobody is named, it may be any worker's.
+                if taker in others if taker else others:
+                    continue
+                if taker in ours if state.is_pending() else taker and not over:
+                    continue
             now = (await client.read_flow_run(flow_run.id)).state
             if now is None or now.id != state.id:
                 continue

@@ -18,6 +18,7 @@ from prefect.states import Pending, Running
 
 from talaria.engine import lanes
 from talaria.engine.recovery import ABANDONED_S, TAKEN_BY, abandoned
+from tasks.dispatch import running
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
 
@@ -139,6 +140,18 @@ def test_what_somebody_has_set_to_running_and_nobody_runs_is_taken_up(
     assert server.state.is_running() is not taken
 
 
+@pytest.mark.parametrize("taker", ["ours-3", "gone-1"])
+def test_a_claim_that_came_when_another_host_had_completed_the_run_is_taken_back(home: Home, taker: str) -> None:
+    """Its worker lives, and lost the run in the ledger meanwhile: it stayed Pending for as long as that one lived."""
+    taker = taker.replace("ours", host_name())
+    server = Server(f"{TAKEN_BY}{taker}", online=(taker,))
+    with home.owner(taker), Ledger(home.ledger) as ledger:
+        ledger.runs.begins(str(server.id), "another host's")
+        ledger.runs.ends(str(server.id))
+        assert look(server, home) == ([str(server.id)] if taker.startswith(host_name()) else [])
+        assert ledger.runs.is_over(str(server.id))
+
+
 def test_two_look_at_once_and_one_takes_up(home: Home) -> None:
     server, both = Server(), threading.Barrier(2)
     found: list[list[str]] = []
@@ -169,3 +182,15 @@ class Claimed(Server):
 def test_a_claim_whose_answer_was_lost_is_still_ours(taker: str, ours: bool) -> None:
     server = Claimed(f"{TAKEN_BY}{taker}")
     assert asyncio.run(lanes.claim(cast(PrefectClient, server), server.id, "me-1")) is ours
+
+
+def test_a_process_whose_lease_has_ended_meanwhile_claims_nothing() -> None:
+    """It was paused since it had the run in the ledger; by now another host may have completed it."""
+    server = Server()
+    before = server.state
+    try:
+        running.hold_until(0.0)
+        assert not asyncio.run(lanes.claim(cast(PrefectClient, server), server.id, "me-1"))
+    finally:
+        running.lose_all()
+    assert server.state is before
