@@ -23,6 +23,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from prefect_redis.client import RedisMessagingSettings
+from prefect_redis.messaging import RedisMessagingConsumerSettings
 
 from talaria.__main__ import main
 from talaria.engine.registry import description_of, queue_of
@@ -114,6 +116,16 @@ def test_the_unit_of_a_server_has_what_the_others_have() -> None:
         name for name in compose if "redis" in name.lower() + compose[name]
     }
     assert named >= {name for name in compose if name.startswith("PREFECT_")}
+
+
+def test_a_server_leaves_a_redis_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: it waited for ever on a connection that had broken without a word, and its workers heard of nothing."""
+    for name, value in composed()["server-a"].env.items():
+        if name.startswith("PREFECT_REDIS_MESSAGING_"):
+            monkeypatch.setenv(name, value)
+    settings, reads = RedisMessagingSettings(), RedisMessagingConsumerSettings()
+    assert settings.socket_connect_timeout
+    assert settings.socket_timeout and settings.socket_timeout > reads.block.total_seconds()
 
 
 def test_leases_of_slots_outlive_whoever_keeps_them() -> None:

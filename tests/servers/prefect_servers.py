@@ -47,6 +47,8 @@ class Servers:
             "PREFECT_REDIS_MESSAGING_HOST": "127.0.0.1",
             "PREFECT_REDIS_MESSAGING_PORT": str(self.redis),
             "PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE": "1",  # else an event takes ten seconds to the other server
+            "PREFECT_REDIS_MESSAGING_SOCKET_TIMEOUT": "10",
+            "PREFECT_REDIS_MESSAGING_SOCKET_CONNECT_TIMEOUT": "10",
         }
 
     def add(self) -> None:
