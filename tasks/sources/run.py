@@ -62,7 +62,8 @@ async def sweep(name: str) -> RunState[Any]:
     home = Home.current()
     try:
         with Ledger(home.ledger) as ledger:
-            return await _swept(name, home, ledger, flow_run, _Wish(running.flag(str(flow_run.id))))
+            ends = (running.flag(str(flow_run.id)), running.pause(str(flow_run.id)))
+            return await _swept(name, home, ledger, flow_run, _Wish(*ends))
     except Cancelled as error:
         return RunCancelled(message=error.message)
     except DispatchError as error:
@@ -75,15 +76,15 @@ class _Wish:
     """Whether a sweep is still wanted, as it began: nobody has stopped it, nor paused or removed its source.
 
     Args:
-        stopped: set when somebody stops the run.
+        stopped: any of them is set when somebody stops the run, or pauses it: then it begins anew when it is resumed.
     """
 
-    def __init__(self, stopped: threading.Event) -> None:
+    def __init__(self, *stopped: threading.Event) -> None:
         self._stopped, self._over = stopped, ""
 
     def check(self) -> None:
         """Raise Cancelled if it is not; for any thread."""
-        if self._stopped.is_set():
+        if any(one.is_set() for one in self._stopped):
             raise Cancelled("the sweep was stopped")
         if self._over:
             raise Cancelled(self._over)

@@ -21,6 +21,7 @@ from blocks.source import Source
 from talaria.service import Office, sources
 from talaria.testing import studies as material
 from talaria.testing.process import until
+from tasks.dispatch import running
 from tasks.sources import after, run
 from tests.sources.bench import Bench
 from transfer import live, unitlist
@@ -143,6 +144,28 @@ def test_nothing_more_is_dispatched_and_what_was_chosen_is_by_the_next_sweep(
     swept(bench, monkeypatch, saved)
     (asked,) = cast("list[Mapping[str, Any]]", list(bench.asked.values()))
     assert asked["targets"] == ["shelf"]
+
+
+@pytest.mark.parametrize("event", [running.flag, running.pause])
+def test_a_sweep_whose_run_is_stopped_or_paused_goes_on_with_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, event: Callable[[str], Event]
+) -> None:
+    """As on Prefect's pages: one that was paused went on to delete what had been delivered."""
+
+    async def sweeping(name: str, home: Any, ledger: Any, flow_run: Any, wish: run._Wish) -> Any:
+        wish.check()
+        event(flow_run.id).set()
+        wish.check()
+        pytest.fail("it goes on")
+
+    context = SimpleNamespace(flow_run=SimpleNamespace(id="r"))
+    monkeypatch.setattr(run.FlowRunContext, "get", lambda: context)
+    monkeypatch.setattr(run, "name_run", lambda name: asyncio.sleep(0))
+    monkeypatch.setattr(run.Home, "current", lambda: bench.home)
+    monkeypatch.setattr(run, "_swept", sweeping)
+    state = asyncio.run(run.sweep("box"))
+    assert state.is_cancelled() and state.message == "the sweep was stopped"
+    assert "r" not in running.running()
 
 
 def test_another_change_does_not_end_a_sweep(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
