@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from transfer.outcome import ARRIVED, Kind, Outcome, outcome_of
@@ -56,12 +56,17 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """One content that a place has confirmed of an item; `sha256` is "" if nobody has read it."""
+    """One content that a place has confirmed of an item; `sha256` is "" if nobody has read it.
+
+    Attributes:
+        time: when it was confirmed last, in seconds since the epoch.
+    """
 
     size: int
     mtime_ns: int
     sha256: str
     outcome: Outcome
+    time: float = field(default=0.0, compare=False)
 
     def is_file(self, item: Item) -> bool:
         """Return True if length and time are those of a file."""
@@ -86,14 +91,14 @@ def find(db: Statements, listed: str, endpoint: str, spots: Iterable[Spot]) -> d
         by_place[spot.place].append(spot.name)
     found: dict[Spot, list[Confirmation]] = defaultdict(list)
     statement = (
-        "SELECT item, size, mtime_ns, sha256, outcome, detail FROM confirmed"  # noqa: S608 - ours
+        "SELECT item, size, mtime_ns, sha256, outcome, detail, time FROM confirmed"  # noqa: S608 - ours
         f" WHERE endpoint=? AND place=? AND item IN ({listed}) ORDER BY time DESC"
     )
     for place, names in by_place.items():
-        for name, size, mtime_ns, sha256, outcome, detail in db.execute(
+        for name, size, mtime_ns, sha256, outcome, detail, time in db.execute(
             statement, (endpoint, place, json.dumps(names))
         ):
-            found[Spot(place, name)].append(Confirmation(size, mtime_ns, sha256, outcome_of(outcome, detail)))
+            found[Spot(place, name)].append(Confirmation(size, mtime_ns, sha256, outcome_of(outcome, detail), time))
     return found
 
 
@@ -193,14 +198,20 @@ def sum_up(db: Statements, endpoint: str, dispatch_id: str, sums: Iterable[tuple
         )
 
 
-def same(confirmations: Iterable[Confirmation], item: Item, sha256: Iterator[str]) -> Confirmation | None:
+def same(
+    confirmations: Iterable[Confirmation],
+    item: Item,
+    sha256: Iterator[str],
+    is_doubtful: Callable[[Confirmation], bool] = lambda one: False,
+) -> Confirmation | None:
     """Return the confirmation that is about a file's content.
 
     Args:
         sha256: yields the file's sum, or nothing; asked only where length and time don't decide.
+        is_doubtful: whether these say nothing, as something has happened to the file since.
     """
     alike = [one for one in confirmations if one.size == item.size]
-    found = next((one for one in alike if one.proves(item)), None)
+    found = next((one for one in alike if one.proves(item) and not is_doubtful(one)), None)
     if found is None and any(one.sha256 for one in alike):
         value = next(sha256, "")
         found = next((one for one in alike if one.sha256 and one.sha256 == value), None)

@@ -107,6 +107,10 @@ class Item:
     def ctime_ns(self) -> int:
         return int(_FACTS.unpack_from(self._own)[1])
 
+    def changed_since(self, seconds: float) -> bool:
+        """Return True if something happened to the file, as far as its ctime says, after a time since the epoch."""
+        return self.ctime_ns > seconds * 1_000_000_000
+
     @property
     def inode(self) -> int:
         return int(_FACTS.unpack_from(self._own)[2])

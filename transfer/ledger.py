@@ -243,28 +243,33 @@ class Ledger:
         items: tuple[Item, ...],
         endpoint: str | None = None,
         since: float = 0.0,
+        *,
+        untouched: bool = False,
     ) -> dict[str, Outcome]:
         """Return the outcomes, by path, of the items whose file is still the one that the row is about.
 
         Args:
             endpoint: count only rows about this one; None for any.
             since: count only rows that were written since then, in seconds since the epoch.
+            untouched: count only rows of files to which nothing has happened since they were written.
         """
         found = {}
         with self._db.reading():
             rows = iter(
                 self._db.execute(
-                    "SELECT path, size, mtime_ns, outcome, detail FROM items WHERE dispatch_id=? AND destination=?"
-                    " AND endpoint=coalesce(?,endpoint) AND time>=?",
+                    "SELECT path, size, mtime_ns, outcome, detail, time FROM items WHERE dispatch_id=?"
+                    " AND destination=? AND endpoint=coalesce(?,endpoint) AND time>=?",
                     (dispatch_id, destination, endpoint, since),
                 )
             )
             if (first := next(rows, None)) is None:  # as of most dispatches
                 return {}
             by_name = {item.shown: item for item in items}
-            for path, size, mtime_ns, outcome, detail in chain((first,), rows):
+            for path, size, mtime_ns, outcome, detail, time in chain((first,), rows):
                 item = by_name.get(path)
-                if item and (size, mtime_ns) == (item.size, item.mtime_ns):
+                if item is None or (untouched and item.changed_since(time)):
+                    continue
+                if (size, mtime_ns) == (item.size, item.mtime_ns):
                     found[item.path] = outcome_of(outcome, detail)
         return found
 

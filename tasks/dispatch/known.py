@@ -48,6 +48,8 @@ class Known:
         self._sums: dict[str, str] = {}  # by path, of what was read
         self._found: dict[str, Confirmation] = {}  # by path, of what others have sent
         self._summed: set[str] = set()  # paths of what others have sent, and summed up
+        # What a source moves or deletes must be what was confirmed: whoever writes to it may restore its time.
+        self._untouched = plan.in_place is not None and plan.in_place.untouched
         self._unread: list[Item] = []  # confirmed by this delivery, and not yet summed up
 
     @property
@@ -100,7 +102,7 @@ class Known:
         return self._compared(self._own(), (), lambda item: iter(()))
 
     def _own(self) -> dict[str, Outcome]:
-        return self._ledger.outcomes(*self._key[:2], self._plan.items, self._key[2])
+        return self._ledger.outcomes(*self._key[:2], self._plan.items, self._key[2], untouched=self._untouched)
 
     def _compared(
         self, own: dict[str, Outcome], settled: Container[str], sums: Callable[[Item], Iterator[str]]
@@ -128,8 +130,11 @@ class Known:
     def _same(
         self, there: list[Confirmation], item: Item, sums: Callable[[Item], Iterator[str]], is_mine: bool
     ) -> Confirmation | None:
-        unread = (one for one in there if is_mine and not one.sha256 and one.is_file(item))
-        return next(unread, None) or confirmed.same(there, item, sums(item))
+        def is_doubtful(one: Confirmation) -> bool:
+            return self._untouched and item.changed_since(one.time)
+
+        unread = (one for one in there if is_mine and not one.sha256 and one.is_file(item) and not is_doubtful(one))
+        return next(unread, None) or confirmed.same(there, item, sums(item), is_doubtful)
 
     def _sum(self, item: Item, *, in_memory: bool = False) -> Iterator[str]:
         """Yield the SHA-256 of an item's file; nothing if it can't be read, or would have to be read from the disk."""

@@ -750,3 +750,39 @@ def test_other_content_under_the_same_name_length_time_and_uid_is_sent_before_it
         assert content in there or path.exists(), "nothing is deleted that isn't there"
         assert content in there
         shutil.rmtree(path.parent, ignore_errors=True)
+
+
+@pytest.mark.parametrize("how", ["edited", "chmod"])
+@pytest.mark.parametrize("next_", ["retried", "late"])
+@pytest.mark.parametrize("layout", ["{StudyInstanceUID}", "{dispatch_id}"])
+def test_what_was_touched_after_it_was_confirmed_is_sent_before_it_goes(
+    tmp_path: Path, how: str, next_: str, layout: str
+) -> None:
+    """Whoever edits a file may restore its length and time, which the ledger knows the confirmed content by."""
+    bench = Bench(tmp_path / "bench", "one", "two")
+    bench.targets = {name: bench.target(name, layout=layout) for name in bench.targets}
+    bench.source = bench.named(after="delete")
+    study = material.uid(56)
+    path = material.dicom(bench.inbox / "s" / "a.dcm", study=study)
+    bench.down = {"two"} if next_ == "retried" else set()
+    bench.sweep()
+    bench.dispatch()
+    info, data = path.stat(), bytearray(path.read_bytes())
+    if how == "edited":
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    else:
+        path.chmod(0o600)
+    bench.sweep()
+    assert path.exists()
+    bench.down = set()
+    if next_ == "retried":
+        with Ledger(bench.home.ledger) as ledger:
+            ledger.sources.forget("box", ["s"])
+    else:
+        material.dicom(bench.inbox / "s" / "b.dcm", study=study)
+    bench.all()
+    assert bench.states() == {"s": "done"} and not path.exists()
+    for name in bench.targets:
+        assert bytes(data) in [one.read_bytes() for one in bench.at(name).rglob("a.dcm")]
