@@ -21,7 +21,7 @@ from protocols.files import partial
 from protocols.files.partial import PartialFile
 from transfer.spool import sync
 
-FEW_FILES = 16  # which are flushed one by one
+FEW_FILES = 16  # which are flushed one by one: what others have written to the disk is not waited for
 AHEAD_BYTES = 1 << 17  # of a file that is still being written, which the disk gets at once
 # The same where other files keep the disk busy meanwhile: each piece is a call more, and nothing waits for less.
 SHARED_BYTES = 1 << 22

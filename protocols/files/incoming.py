@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from protocols.files import filesystem as fs
+from protocols.files.durable import FEW_FILES
 from protocols.files.tree import NO_LINK, Tree, joined, parent
 from transfer.beneath import FOLDER
 from transfer.content import copy_bytes, same_content
@@ -36,7 +37,6 @@ from transfer.throttle import Throttle
 MARKER = ".complete"  # in a folder whose files are all there
 PIECE_BYTES = 4 << 20  # between two looks at the cancel flag: a share of 1 MB/s is left within five seconds
 BATCH_FILES = 64  # one thread's share at a time
-FEW_FILES = 16  # which are flushed one by one: what others have written to the disk is not waited for
 ASIDE_IN_A_ROW = 6  # files that fail, and none in between that doesn't: then it is the disk, or the share
 SMALL_BYTES = 128 << 10  # below that, on a local disk, threads only wait for the interpreter
 
