@@ -110,6 +110,7 @@ class Forwarder:
                 size = os.fstat(file.fileno()).st_size
                 if size < position:  # somebody has put the trail away: this is another one
                     position = 0
+                    self._note(position)  # it may be longer than that when the server can be reached
                 if size == position:
                     return False
                 file.seek(position)

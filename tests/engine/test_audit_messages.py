@@ -268,6 +268,28 @@ def test_a_trail_that_is_begun_anew_is_sent_from_its_beginning(home: Home, serve
         waited(lambda: counts(server) == ["t0", "t1", "t2"])
 
 
+def test_a_trail_that_is_begun_anew_while_the_server_is_away_is_sent_from_its_beginning(
+    home: Home, server: Rsyslog
+) -> None:
+    """Though it is longer than the one before by the time the server is back."""
+    record(Event.TARGET_REMOVED, "anna", target="t0")
+    with forwarding(home):
+        waited(lambda: counts(server) == ["t0"])
+        waited(lambda: Path(Trail(home).folder, "forwarded").exists())
+    trail = Trail(home)
+    Path(trail.path).unlink()
+    Path(trail.folder, "forwarded").write_text("900")
+    record(Event.TARGET_REMOVED, "anna", target="t1")
+    away = Forwarder(home, SyslogTarget("localhost", 1))
+    with pytest.raises(OSError):
+        away._step()
+    for name in ("t2", "t3", "t4"):
+        record(Event.TARGET_REMOVED, "anna", target=name)
+    assert Path(trail.path).stat().st_size > 900
+    with forwarding(home):
+        waited(lambda: counts(server) == ["t0", "t1", "t2", "t3", "t4"])
+
+
 def test_a_server_that_is_not_trusted_gets_nothing(
     tmp_path: Path, home: Home, server: Rsyslog, caplog: pytest.LogCaptureFixture
 ) -> None:
