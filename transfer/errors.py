@@ -8,8 +8,9 @@
     │   ├── Busy           the peer asks to come back later (retry_after, seconds)
     │   │   └── DiskFull   no room where it is written, on this machine
     │   ├── Interrupted    the link broke midway
-    │   └── LedgerAway     the ledger's database can't be reached: it says nothing of the target
-    │       └── LedgerFull     it is a file here, whose disk is full
+    │   ├── LedgerAway     the ledger's database can't be reached: it says nothing of the target
+    │   │   └── LedgerFull     it is a file here, whose disk is full
+    │   └── SourceAway     the share that the files lie in does not answer: it says nothing of the target
     ├── Permanent          the same call will fail again until somebody changes something
     │   ├── Misconfigured  the target's settings are wrong
     │   ├── NotTrusted     certificate or host key not accepted
@@ -113,6 +114,10 @@ class LedgerFull(LedgerAway):
     """The disk of the state directory has no room for what is to be noted there."""
 
 
+class SourceAway(Retryable):
+    """The share that the files lie in does not answer: whoever looked there would not come back."""
+
+
 class Permanent(DispatchError):
     """The same call fails again until somebody changes something."""
 
@@ -169,6 +174,7 @@ REMEDIES: dict[type[DispatchError], str] = {
     LedgerAway: "Look whether the database that TALARIA_LEDGER names runs, takes connections, and has any to spare; "
     "where it is a file, whether another program has it open, and how fast its disk is.",
     LedgerFull: "Make room on the disk of the state directory (TALARIA_HOME).",
+    SourceAway: "See that the server of the share answers, and this machine reaches it; then it goes on by itself.",
     Misconfigured: "Correct the settings of the target.",
     NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "
     "one, enter it, or the authority behind it, in the target's settings.",

@@ -10,18 +10,27 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 LOOK_S = 2.0  # for a file system to answer
+ANSWER_S = 30.0  # for the server of a share whose disks may have to spin up
+AGAIN_S = 0.5  # between two looks whether one that is slow has answered
 MOUNTS = "/proc/self/mounts"
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 
-async def looked(look: Callable[[str], R], paths: Iterable[str]) -> dict[str, R]:
+async def looked(
+    look: Callable[[str], R], paths: Iterable[str], where: Callable[[str], str] | None = None
+) -> dict[str, R]:
     """Look at paths, one after another, in a thread; return what `look` returns of each whose file system answers.
+
+    Args:
+        where: returns the folder in which nobody else is to look meanwhile, of a path that does not answer; `place`
+            unless given.
 
     Raises:
         Exception: what `look` raises.
@@ -36,10 +45,40 @@ async def looked(look: Callable[[str], R], paths: Iterable[str]) -> dict[str, R]
         found |= answers
         left = left[len(answers) :]
         if left:
-            where = place(left.pop(0))
-            _silent[where] = looking
-            logger.warning("the file system of %s does not answer: what lies there is not looked at meanwhile", where)
+            folder = (where or place)(left.pop(0))
+            _silent[folder] = looking
+            logger.warning("the file system of %s does not answer: what lies there is not looked at meanwhile", folder)
     return found
+
+
+async def mute(paths: Iterable[str], seconds: float) -> list[str]:
+    """Return those of some paths whose file system has not answered for so many seconds.
+
+    One that is slow, as of disks that have to spin up, is waited for so long; one that is known to be silent is not.
+    """
+    wanted = list(dict.fromkeys(paths))
+    while wanted := [one for one in wanted if one not in await looked(_ask, wanted, _own_place)]:
+        if all(_silent_s(one) >= seconds for one in wanted):
+            break
+        await asyncio.sleep(AGAIN_S)
+    return wanted
+
+
+def words(path: str) -> str:
+    """Return what to say of a path whose file system has not answered."""
+    return f"{path}: its file system does not answer: is the server of its share away?"
+
+
+def _own_place(path: str) -> str:
+    """Return where what a path names is mounted; it itself, if that is the root: it may be a link to a share."""
+    folder = place(path)
+    return path if folder == os.path.dirname(path) else folder
+
+
+def _ask(path: str) -> None:
+    """Ask the server of a path's file system: what the kernel remembers of a folder is no answer."""
+    with suppress(OSError, ValueError):
+        os.statvfs(path)
 
 
 class _Look(Generic[R]):
@@ -50,6 +89,7 @@ class _Look(Generic[R]):
         self.answers: dict[str, R] = {}
         self.error: Exception | None = None
         self.is_over = False
+        self.begun = time.monotonic()
         self._given_up = False
 
     async def wait(self) -> None:
@@ -85,9 +125,15 @@ _silent: dict[str, _Look[Any]] = {}  # looks that go on, by the folder in which 
 
 
 def _is_silent(path: str) -> bool:
-    for where in [where for where, looking in _silent.items() if looking.is_over]:
-        del _silent[where]
-    return any(_is_below(os.path.abspath(path), where) for where in _silent)
+    for where in [where for where, looking in [*_silent.items()] if looking.is_over]:
+        _silent.pop(where, None)  # runs look in threads of their own
+    return any(_is_below(os.path.abspath(path), where) for where in [*_silent])
+
+
+def _silent_s(path: str) -> float:
+    """Return for how long the file system of a path has been silent, in seconds; 0 if it has answered."""
+    path, now = os.path.abspath(path), time.monotonic()
+    return max((now - one.begun for where, one in [*_silent.items()] if _is_below(path, where)), default=0.0)
 
 
 def place(path: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from transfer import roots
-from transfer.errors import Misconfigured, NotFound
+from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.home import Home, private
 from transfer.ledger import noted, write_json
 
@@ -197,6 +198,15 @@ def read(path: Path | str) -> Iterator[ListedUnit]:
         raise Misconfigured(f"{path}: is no list of a source's units") from exc
     finally:
         os.close(fd)
+
+
+def folders_of(paths: Iterable[str]) -> list[str]:
+    """Return the folders that the units of lists must lie in; of a list that can't be read none."""
+    found = list[str]()
+    for path in paths:
+        with suppress(DispatchError, OSError):
+            found += [one.within for one in islice(read(path), 1) if one.within]  # all of a list are of one source
+    return found
 
 
 def amend(path: Path, facts: Mapping[str, FileFacts]) -> None:

@@ -27,7 +27,7 @@ from tasks.sources import belonging, checks
 from tasks.sources.inbox import MARKER
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
-from transfer import unitlist
+from transfer import silent, unitlist
 from transfer.database import LOST
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
@@ -53,6 +53,7 @@ class _Watched:
         run: its last sweep that was begun here.
         look: the last one whether its folders are those that are watched; it may take as long as a share hangs.
         is_here: whether it is this host's; of another one's, only a folder that both have is watched here.
+        is_mute: whether a share of it does not answer, so that nothing is watched.
     """
 
     source: Source
@@ -63,6 +64,7 @@ class _Watched:
     known_next: float = 0.0
     look: asyncio.Future[bool] | None = None
     is_here: bool = True
+    is_mute: bool = False
 
     def soon(self, seconds: float) -> None:
         """Have it swept within some seconds, if it was to be later."""
@@ -73,6 +75,7 @@ class _Watched:
         if self.look is None or self.look.done():  # a share that hangs has one thread of ours, not one at each look
             self.look = asyncio.ensure_future(asyncio.to_thread(lambda: any(one.is_stale for one in self.folders)))
         done, _ = await asyncio.wait([self.look], timeout=STALE_S)
+        self.is_mute = not done
         return bool(done) and self.look.result()
 
     @property
@@ -142,10 +145,15 @@ class _Sweeping:
         for name, source in found.items():
             old = self.watched.get(name)
             here = name not in elsewhere
-            if old is None or old.source != source or old.is_here != here or await old.is_stale():
+            if old is None or old.source != source or old.is_here != here or old.is_mute or await old.is_stale():
                 net = time.monotonic() if self._is_watched(source) else float("inf")
-                watches = await asyncio.to_thread(self._watches, source, is_here=here)
-                self.watched[name] = _Watched(source, watches, net, old.begun if old else 0.0, is_here=here)
+                # To watch a share whose server is away would take until it is back, and no other source were swept.
+                mute = await silent.mute(checks.places_of(source), 0.0)
+                watches = [] if mute else await asyncio.to_thread(self._watches, source, is_here=here)
+                one = _Watched(source, watches, net, old.begun if old else 0.0, is_here=here, is_mute=bool(mute))
+                if old is not None and old.is_mute and mute:
+                    one.due, one.run = old.due, old.run
+                self.watched[name] = one
 
     @staticmethod
     def _is_watched(source: Source) -> bool:

@@ -21,7 +21,7 @@ from tasks.dispatch.delivery import Delivery
 from tasks.happened import WORDS_CHARS, Cause, cause_of, dispatch_ended, dispatch_refused
 from transfer.database import LOST
 from transfer.deliveries import Standing
-from transfer.errors import Cancelled, Denied, DispatchError, LedgerAway, Misconfigured
+from transfer.errors import Cancelled, Denied, DispatchError, LedgerAway, Misconfigured, SourceAway
 from transfer.happenings import CANCELLED
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -167,15 +167,15 @@ def sentence(receipt: Receipt) -> str:
 def refusal(error: DispatchError) -> RunState[Any]:
     """Return the state of a run that could not begin, or was stopped before it began.
 
-    Where the ledger's database is away, or the disk of the state directory full, nothing can be known or noted: the run
-    comes back, and nobody is told.
+    Where the ledger's database is away, or the disk of the state directory full, nothing can be known or noted, and
+    where the share of the files does not answer, nothing can be read: the run comes back, and nobody is told.
     """
     if isinstance(error, Paused):
         return running.paused(error.message)
     if isinstance(error, LeftToAnother):  # its engine makes of it that it goes on
         return states.Cancelled(message=error.message)
-    if isinstance(error, LedgerAway) and line.may_rest():
-        wait = rest.for_the_ledger(error)
+    if isinstance(error, LedgerAway | SourceAway) and line.may_rest():
+        wait = rest.for_what_is_away(error)
         return states.AwaitingRetry(scheduled_time=wait.until, message=rest.message([wait], error.message))
     say_refused(error)
     if isinstance(error, Denied):

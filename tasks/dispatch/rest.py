@@ -21,11 +21,12 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 
 from tasks.dispatch import kept as kept_receipts
-from transfer.errors import LedgerAway, LedgerFull
+from transfer.errors import LedgerAway, LedgerFull, SourceAway
 from transfer.home import Home
 from transfer.ledger import Ledger
 
 LEDGER_S = 20.0  # after which a run looks again for the ledger's database; its statements have waited for longer
+SOURCE_S = 60.0  # after which a run asks again whether the share of its files answers
 ONLY = "talaria.only"  # label of a run that is retried: the one target that is tried again; "" for all
 TRIES_AGAIN = "tries again"  # begins the message of a run that waits for something that may come soon
 WAITS = "waits"  # and of one that waits for a time that people have set
@@ -50,6 +51,13 @@ def next_attempt(target: str, again: float, script: int = 0) -> Wait:
     """Return the wait for a target's next attempt, or the next run of its script, at a time since the epoch."""
     what = "run of the script" if script else "attempt"
     return Wait(datetime.fromtimestamp(again, UTC), f"the next {what} at {target}")
+
+
+def for_what_is_away(error: LedgerAway | SourceAway) -> Wait:
+    """Return the wait for the ledger's database, or the share of the files, to be there again; or for room."""
+    if isinstance(error, SourceAway):
+        return Wait(datetime.now(UTC) + timedelta(seconds=SOURCE_S), "the share of its files to answer")
+    return for_the_ledger(error)
 
 
 def for_the_ledger(error: LedgerAway) -> Wait:

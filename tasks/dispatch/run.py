@@ -42,10 +42,10 @@ from tasks.dispatch.stage import Staged, stage_files
 from tasks.dispatch.stoppable import GRACE_S, stoppable
 from tasks.dispatch.studies import Studies, studies_of
 from tasks.targets import check_destination
-from transfer import deadletters
+from transfer import deadletters, silent
 from transfer import live as shown
 from transfer.errors import Cancelled as DispatchCancelled
-from transfer.errors import DispatchError, LedgerAway
+from transfer.errors import DispatchError, LedgerAway, SourceAway
 from transfer.globs import patterns
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -53,6 +53,7 @@ from transfer.plan import Origin, Plan
 from transfer.receipt import Receipt, State, overall
 from transfer.staging import STAGED_BY, Way, discard
 from transfer.studies import Each
+from transfer.unitlist import folders_of
 
 R = TypeVar("R")
 
@@ -97,8 +98,9 @@ class Dispatch:
         read it is made sure that there are any.
 
         Raises:
-            NotFound, Denied, Misconfigured: there is nothing to send.
+            NotFound, Denied, Misconfigured: there is nothing to send. SourceAway: nobody can know.
         """
+        await self._answer(paths, each)
         if self.looks.is_new and (each or running.whole() or not line.may_rest() or _shows_its_plan()):
             return True
         try:
@@ -115,6 +117,24 @@ class Dispatch:
         if self.cancelled.is_set() or self.paused.is_set():  # a short look ends before it is told
             raise await self._stopped_early("waited")
         return self.looks.is_new and any(last for _, last in self.looks.failed.values())  # for the receipts
+
+    async def _answer(self, paths: list[str], each: str) -> None:
+        """Check that the shares answer in which the files lie, where the run may rest: it would hold its place.
+
+        Raises:
+            SourceAway: one does not.
+        """
+        if not line.may_rest():
+            return
+        within = await asyncio.to_thread(folders_of, paths) if each == Each.UNIT else []
+        try:
+            mute = await self._stoppable(silent.mute((*paths, *within), silent.ANSWER_S), idle=lambda: True)
+        except asyncio.CancelledError as exc:
+            if not self.cancelled.is_set():
+                raise
+            raise await self._stopped_early("waited") from exc
+        if mute:
+            raise SourceAway(silent.words(mute[0]))
 
     async def stage(
         self, paths: list[str], exclude: str, origin: Origin, copy_first: bool = False, each: str = ""
@@ -392,7 +412,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming, origin:
         try:
             yield dispatch
         except DispatchError as exc:
-            if not isinstance(exc, Paused | LeftToAnother | LedgerAway):
+            if not isinstance(exc, Paused | LeftToAnother | LedgerAway | SourceAway):
                 await asyncio.to_thread(rest.forget, ledger, flow_run_id)
             raise
         except Exception as exc:  # a fault of ours

@@ -209,6 +209,12 @@ def _of_file(source: ListSource) -> Iterator[str]:
         yield f"{path}: the report beside it can't be written by this user"
 
 
+def places_of(source: Source) -> tuple[str, ...]:
+    """Return what of this machine's a sweep of a source looks into, or moves files to."""
+    listed = (source.file,) if isinstance(source, ListSource) else ()
+    return (*source.folders, *listed, *_moved_to(source))
+
+
 def _moved_to(source: Source) -> tuple[str, ...]:
     return (source.leaving.move_to,) if source.leaving.move_to else ()
 

@@ -7,10 +7,10 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from prefect import get_client
@@ -33,19 +33,21 @@ from prefect.states import Completed, Failed
 from blocks import Source, Target
 from tasks.dispatch import running
 from tasks.dispatch.asked import name_run
+from tasks.dispatch.stoppable import stoppable
 from tasks.happened import happened
 from tasks.sources import belonging, checks
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
 from tasks.sources.sweep import Sweep, Swept
 from tasks.targets import TARGETS
-from transfer import live, unitlist
-from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
+from transfer import live, silent, unitlist
+from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound, SourceAway
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
 from transfer.shared import AT, of_queue
 from transfer.sourcebook import SweepRow
 
+R = TypeVar("R")
 LOOK_S = 0.5  # between two looks whether a source was changed on this machine
 ELSEWHERE_S = 60.0  # and whether it was from another one
 SETTLING = b"settling"  # in the file of the lock, while a sweep has it that does nothing else
@@ -81,6 +83,11 @@ class _Wish:
 
     def __init__(self, *stopped: threading.Event) -> None:
         self._stopped, self._over = stopped, ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is not; for any thread."""
+        return any(one.is_set() for one in self._stopped) or bool(self._over)
 
     def check(self) -> None:
         """Raise Cancelled if it is not; for any thread."""
@@ -142,10 +149,12 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
             before = ledger.sources.sweep(source.name)
             following = asyncio.create_task(wish.follow(client, home, source))
             try:
+                await _answers(source)
                 others = await belonging.elsewhere(client)
-                await asyncio.to_thread(_check, source, sources, targets, before, others)
+                await _while(wish, asyncio.to_thread(_check, source, sources, targets, before, others))
                 by_name = {one.name: one for one in targets}
-                done = await Sweep(source, by_name, home, ledger, dispatching, wish.check).run(looks=looks)
+                sweeping = Sweep(source, by_name, home, ledger, dispatching, wish.check)
+                done = await _while(wish, sweeping.run(looks=looks))
             except Cancelled:
                 raise
             except Exception as error:
@@ -154,12 +163,35 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
                 raise
             finally:
                 following.cancel()
-            mount = await asyncio.to_thread(_mount, source)
+            mount = await _while(wish, asyncio.to_thread(_mount, source))
             row = SweepRow(mount, 0.0, done.next, done.waiting, "")
             ledger.sources.swept(source.name, row if looks else replace(before, mount=mount, detail=""))
     if done.runs:
         await _link(source, done)
     return Completed(message=done.words)
+
+
+async def _answers(source: Source) -> None:
+    """Check that the server of each share that a source lies in answers: else the sweep would hold its place for good.
+
+    Raises:
+        SourceAway: one does not.
+    """
+    if mute := await silent.mute(checks.places_of(source), silent.ANSWER_S):
+        raise SourceAway(silent.words(mute[0]))
+
+
+async def _while(wish: _Wish, work: Awaitable[R]) -> R:
+    """Wait for a part of a sweep; leave it where the sweep is stopped and a share keeps it from ending.
+
+    Raises:
+        Cancelled: it was stopped. Others: as the work does.
+    """
+    try:
+        return await stoppable(work, lambda: wish.is_over)
+    except asyncio.CancelledError:
+        wish.check()
+        raise
 
 
 @asynccontextmanager

@@ -155,8 +155,11 @@ class Sweep:
             await asyncio.to_thread(self._settle, by_run[run], end)
         if delivered:  # a sweep was killed before it had dealt with their files, or could not
             again = await self.dispatching.ended(list({row.run for row in delivered}))
+            left: dict[str, list[UnitRow]] = defaultdict(list)
             for row in delivered:
-                await asyncio.to_thread(self._let_go, [row], again.get(row.run, EndedRun(gone=True)), killed=True)
+                left[row.run].append(row)
+            for run, some in left.items():  # whose lists are read, and written anew, once for all of them
+                await asyncio.to_thread(self._let_go, some, again.get(run, EndedRun(gone=True)), killed=True)
 
     def _settle(self, rows: list[UnitRow], end: EndedRun) -> None:
         if end.gone:  # its run was removed: what has arrived is in the ledger, the rest is dispatched again
@@ -355,6 +358,7 @@ class Sweep:
                 batch.rows.append(replace(made, fingerprint=unread.fingerprint) if unread else made)
                 if len(batch.rows) >= FLOOD:
                     whole.append(self._close(open_.pop(key)))
+            self.check()  # it may have been left meanwhile, while a share was away
             whole += [self._close(one) for one in open_.values()]
         except BaseException:
             for one in open_.values():

@@ -325,6 +325,24 @@ def test_a_file_that_was_only_open_for_writing_goes_with_a_later_sweep(bench: Be
     assert not names(bench.inbox) and bench.states() == {"s": "done"} and delivered(bench) == 1
 
 
+def test_a_list_is_read_once_for_all_whose_files_are_to_go_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.source = bench.named(after="move", move_to=str(bench.folder / "sent"))
+    for name in "abcd":
+        material.ct(bench.inbox / name, 1)
+    bench.sweep()
+    bench.dispatch()
+    read, reads = unitlist.read, list[object]()
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(after, "_move", fails)
+    bench.sweep()
+    monkeypatch.setattr(unitlist, "read", lambda path: reads.append(path) or read(path))
+    assert bench.sweep().waiting == 4
+    assert len(reads) == 2  # and once more, to write it anew
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOTCONN])
 @pytest.mark.parametrize("late", ["append", "hold"])
 def test_what_a_full_disk_or_a_share_keeps_from_being_moved_goes_later(

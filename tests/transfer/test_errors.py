@@ -39,7 +39,7 @@ def test_retry_after_survives_pickle() -> None:
 def test_which_are_worth_another_attempt() -> None:
     assert {one.__name__ for one in CLASSES if one.retryable} == {
         "Retryable", "Unreachable", "NothingCame", "TimedOut", "Busy", "DiskFull", "Interrupted",
-        "LedgerAway", "LedgerFull",
+        "LedgerAway", "LedgerFull", "SourceAway",
     }  # fmt: skip
 
 

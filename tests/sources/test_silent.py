@@ -1,0 +1,170 @@
+"""Sources in a share whose server is away: looks at it do not end, and nothing else may wait for that."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from blocks.inbox import InboxSource
+from blocks.list_source import ListSource
+from blocks.source import Source
+from talaria.engine.sweeping import _Sweeping
+from tasks.dispatch import line, running
+from tasks.dispatch.ends import refusal
+from tasks.dispatch.run import Dispatch
+from tasks.sources import belonging, run
+from tasks.sources.saved import KEPT
+from transfer import silent, unitlist
+from transfer.errors import Cancelled, SourceAway
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+
+class Share:
+    """A folder that does not answer until `over`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.over, self.looks = folder, threading.Event(), 0
+        folder.mkdir()
+
+    def wait(self) -> None:
+        self.looks += 1
+        self.over.wait(120)
+
+
+@pytest.fixture
+def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Share]:
+    one, ask = Share(tmp_path / "share"), os.statvfs
+
+    def hangs(path: str) -> os.statvfs_result:
+        if str(path).startswith(str(one.folder)):
+            one.wait()
+        return ask(path)
+
+    monkeypatch.setattr(os, "statvfs", hangs)
+    monkeypatch.setattr(silent, "LOOK_S", 0.2)
+    monkeypatch.setattr(silent, "_own_place", str)
+    yield one
+    one.over.set()
+
+
+def box(folder: Path, **fields: Any) -> InboxSource:
+    return InboxSource(folder=str(folder), targets=["shelf"], **fields).named(folder.name)
+
+
+def sources(tmp_path: Path, share: Path) -> list[Source]:
+    moved = box(tmp_path / "box", after="move", move_to=str(share))
+    return [box(share), moved, ListSource(file=str(share / "list.txt"), targets=["shelf"]).named("list")]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["inbox", "move_to", "list"])
+def test_a_sweep_ends_in_words_and_goes_on_when_the_share_is_back(
+    tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    source = sources(tmp_path, share.folder)[number]
+
+    async def ask() -> None:
+        monkeypatch.setattr(silent, "ANSWER_S", 0.0)
+        for _ in range(3):
+            with pytest.raises(SourceAway, match="does not answer"):
+                await run._answers(source)
+        assert share.looks == 1  # one thread waits there, and not one more for each sweep
+        monkeypatch.setattr(silent, "ANSWER_S", 120.0)
+        waits = asyncio.create_task(run._answers(source))
+        share.over.set()
+        await waits
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("each", ["", "unit"])
+def test_a_dispatch_rests_until_the_share_answers(
+    tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch, each: str
+) -> None:
+    monkeypatch.setattr(line, "_waker", lambda run_id: None)
+    monkeypatch.setattr(silent, "ANSWER_S", 0.0)
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    home, path = Home.current(), str(share.folder / "study")
+    if each:
+        writer = unitlist.Writer(unitlist.place(home, "box", "mark"))
+        writer.add(unitlist.ListedUnit("study", (path,), str(share.folder)))
+        writer.close()
+        path = str(writer.path)
+
+    async def ask() -> None:
+        with Ledger(home.ledger) as ledger:
+            dispatch = Dispatch("run", [], home, ledger, cast(Any, None), cast(Any, None), "normal")
+            with pytest.raises(SourceAway) as away:
+                await dispatch.goes_on([path], "", each)
+            state = refusal(away.value)
+            assert state.is_scheduled() and "the share of its files to answer" in (state.message or "")
+            monkeypatch.setattr(silent, "ANSWER_S", 120.0)
+            share.over.set()
+            await dispatch._answer([path], each)
+
+    try:
+        asyncio.run(ask())
+    finally:
+        running.forget("run")
+
+
+def test_a_sweep_that_is_stopped_is_not_held_up(share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.dispatch.stoppable.GRACE_S", 0.01)
+    stopped = threading.Event()
+
+    async def stop() -> None:
+        begun, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def hang() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            share.wait()
+
+        sweep = asyncio.create_task(run._while(run._Wish(stopped), asyncio.to_thread(hang)))
+        await begun.wait()
+        stopped.set()
+        with pytest.raises(Cancelled):
+            await sweep
+        share.over.set()  # else the loop would wait for its thread
+
+    asyncio.run(stop())
+
+
+def test_others_are_watched_and_the_share_is_when_it_is_back(
+    tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "z").mkdir()
+    both = [box(share.folder), box(tmp_path / "z")]
+
+    async def every(client: Any) -> list[Source]:
+        return [*both]
+
+    async def nowhere(client: Any) -> dict[str, str]:
+        return {}
+
+    def watches(self: Any, source: Source, *, is_here: bool) -> list[Any]:
+        if source.name == "share" and not share.over.is_set():
+            share.wait()  # as inotify_add_watch(2) does
+        return theirs(self, source, is_here=is_here)
+
+    theirs = _Sweeping._watches
+    monkeypatch.setattr(_Sweeping, "_watches", watches)
+    monkeypatch.setattr(type(KEPT), "all", lambda self, client: every(client))
+    monkeypatch.setattr(belonging, "elsewhere", nowhere)
+
+    async def look() -> None:
+        sweeping = _Sweeping(cast(Any, None), Home(tmp_path), cast(Any, None))
+        await sweeping._read_sources()
+        await sweeping._read_sources()
+        assert [len(one.folders) for one in sweeping.watched.values()] == [0, 1]
+        share.over.set()
+        assert not await silent.mute([str(share.folder)], 60)
+        await sweeping._read_sources()
+        assert [len(one.folders) for one in sweeping.watched.values()] == [1, 1]
+
+    asyncio.run(asyncio.wait_for(look(), 60))
