@@ -64,6 +64,7 @@ class Session:
         self.origin, self.authorizer, self.check, self.follow = origin, authorizer, check, follow
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
+        self._forbidden = ""  # an authorization that was new, and that a resource was refused to all the same
 
     @property
     def secrets(self) -> frozenset[str]:
@@ -149,12 +150,13 @@ class Session:
                 self._passed(answer)
                 if answer.status == 417 and request.expect:
                     request = replace(request, expect=False)
-                elif answer.status in (401, 403) and not renewed and self._renewed(request.authorization):
+                elif not renewed and self._may_be_renewed(answer, request) and self._renewed(request.authorization):
                     renewed = True
                 elif self.follow and answer.status in REDIRECTS and "Location" in answer.headers:
                     redirects += 1
                     request = replace(request, path=self._redirected(answer, request, redirects))
                 else:
+                    self._forbidden = request.authorization if renewed and answer.status == 403 else self._forbidden
                     return answer
                 self._give_back(answer)
             except BaseException:
@@ -166,6 +168,10 @@ class Session:
         """Raise Denied if the proxy asks for credentials."""
         if answer.status == 407 and self.origin.forwards:
             raise self.origin.forwards.refusal(answer.status, answer.reason, self.origin.authority)
+
+    def _may_be_renewed(self, answer: Answer, request: Request) -> bool:
+        """Return True if another authorization may help: a right that is lacking needs no new one for each request."""
+        return answer.status == 401 or (answer.status == 403 and request.authorization != self._forbidden)
 
     def _renewed(self, refused: str) -> bool:
         return self.authorizer is not None and self.authorizer.renew(refused, self.check)

@@ -18,9 +18,10 @@ from imaging.query import Query
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
 from talaria.testing.process import as_loaded
-from tasks.dicomweb import check, find
+from tasks.dicomweb import check, find, retrieve
 from tests.servers.dicomweb import Reply, Request, Scripted
 from tests.targets.dicomweb import dicomweb_target
+from tests.targets.dicomweb_query.finding import hold
 from tests.targets.dicomweb_target.services import PASSWORD, TOKEN
 from transfer.errors import (
     Busy,
@@ -31,8 +32,9 @@ from transfer.errors import (
     NotFound,
     TimedOut,
 )
+from transfer.outcome import Kind
 from transfer.plan import Plan, scan
-from transfer.receipt import State
+from transfer.receipt import PushReport, State
 
 
 def basic(user: str, password: str) -> str:
@@ -145,6 +147,26 @@ def test_oauth_refused_for_good(server: Scripted, plan: Plan) -> None:
     assert len(server.of("POST")) == 2 * (len(server.tokens) - 1)
     for token in server.tokens:
         assert token not in str(sent.error)
+
+
+def test_oauth_a_right_that_is_lacking_costs_one_token_and_not_one_for_each_request(
+    server: Scripted, tmp_path: Path
+) -> None:
+    """Such servers count what is asked for at /token, too."""
+    study, series = studies.uid(), studies.uid()
+    uids = hold(server, *(studies.dataset(study=study, series=series) for _ in range(12)))
+    closed, really = set(sorted(uids)[::2]), server._retrieve
+
+    def retrieve_all(segments: list[str]) -> Reply:
+        return Reply(403) if len(segments) < 6 or segments[-1] in closed else really(segments)
+
+    server._retrieve = retrieve_all  # type: ignore[method-assign]
+    only_newest(server)
+    receipt = retrieve(oauth(server, concurrency=1), Query(), tmp_path / "out", PushReport())
+    assert (receipt.state, receipt.counts[Kind.DELIVERED]) == (State.PARTIAL, 6)
+    assert len(server.tokens) == 2
+    server.tokens.append("revoked-all-others-xyz")
+    assert list(find(oauth(server), Query())) and len(server.tokens) == 4
 
 
 def test_oauth_wrong_secret(server: Scripted, plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
