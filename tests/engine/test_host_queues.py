@@ -28,7 +28,7 @@ from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, tak
 from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange
 from talaria.engine.worker import LOST, Worker
-from talaria.service import Office, dispatches, jobs
+from talaria.service import Office, jobs
 from talaria.testing import studies
 from talaria.testing.process import until
 from tasks.dispatch import keeping, line, running
@@ -169,7 +169,7 @@ def test_what_another_host_has_is_sent_elsewhere_by_that_one(
 
     monkeypatch.setattr(jobs, "found", found)
     monkeypatch.setattr(jobs, "load", no_target)
-    monkeypatch.setattr(dispatches, "create_dispatch", create)
+    monkeypatch.setattr(jobs, "create_dispatch", create)
     office = Office(cast(PrefectClient, None), Home(tmp_path), embedded=False)
     for job in runs:
         asyncio.run(jobs.send_job(office, job, ["archive"]))
