@@ -1,7 +1,8 @@
 """Says of dispatches that ended while nobody was at work that this was their end.
 
 A run that is cancelled while a worker executes it says so itself. Of one that waits, in a queue or at rest, the server
-sets the state and nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear.
+sets the state and nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear. So
+it is with one that somebody sets to Failed, or Prefect does, whose pages suspend for a time only.
 What waits of a retrieval is cancelled with it. So it is with a run whose process died while it was being cancelled, and
 with one that is given up, as too many workers died with it.
 """
@@ -35,19 +36,23 @@ from tasks.paging import every
 from tasks.retrieve.dispatches import end_waiting
 from tasks.retrieve.ending import end_at_rest
 from tasks.targets import load
+from transfer.deliveries import WHOLE
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.receipt import State
 
 AT_FIRST = timedelta(days=1)  # how far back a worker that begins looks
 ON = timedelta(minutes=15)  # and afterwards, each EACH_S, for events that were lost
 EACH_S = 300.0
-STOPPED = (StateType.CANCELLED, StateType.CANCELLING)
+STOPPED = (StateType.CANCELLED, StateType.CANCELLING, StateType.FAILED)
+ENDED = [StateType.CANCELLED, StateType.FAILED]
+BY_HAND = "it was set to Failed while it waited"
 WAITED = (StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED)
 
 
 async def was_cancelled(client: PrefectClient, ledger: Ledger, run_id: UUID) -> None:
-    """Say that a run has ended, if it is a dispatch that was cancelled while it waited."""
+    """Say that a run has ended, if it is a dispatch that was cancelled, or set to Failed, while it waited."""
     try:
         flow_run = await client.read_flow_run(run_id)
     except ObjectNotFound:
@@ -69,7 +74,7 @@ class LookingBack:
         found = await every(
             client.read_flow_runs,
             flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLED])),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ENDED)),
                 end_time=FlowRunFilterEndTime.model_validate({"after_": datetime.now(UTC) - self._back}),
             ),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
@@ -82,9 +87,10 @@ class LookingBack:
 
 async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> None:
     state, run_id, asked = flow_run.state, str(flow_run.id), flow_run.parameters
-    if state is None or state.type is not StateType.CANCELLED:
+    if state is None or state.type not in ENDED:
         return
-    if _is_retrieval(asked):
+    why = "" if state.type is StateType.CANCELLED else f"{BY_HAND}: {state.message}" if state.message else BY_HAND
+    if _is_retrieval(asked) and not why:
         await end_waiting(client, Home.current(), run_id)
         if await _waited(client, flow_run):
             await end_at_rest(client, Home.current(), flow_run)
@@ -94,9 +100,17 @@ async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> 
     mark = str(state.id)
     if ledger.happenings.standing(f"cancelled/{run_id}") == mark or ledger.runs.owner_of(run_id) is not None:
         return
+    if why and not await asyncio.to_thread(_waits, ledger, run_id):
+        return
     if await _waited(client, flow_run):
-        await _say(client, ledger, flow_run, mark)
+        await _say(client, ledger, flow_run, mark, why)
         await asyncio.to_thread(rest.forget, ledger, run_id)  # whoever retries it begins anew
+
+
+def _waits(ledger: Ledger, run_id: str) -> bool:
+    """Return True unless a run has said how it ended: most of those that fail do so by themselves."""
+    whole = ledger.deliveries.of([run_id]).get(run_id, {}).get(WHOLE)
+    return whole is None or whole.state == State.WAITING
 
 
 def _is_retrieval(asked: dict[str, Any]) -> bool:
@@ -104,7 +118,7 @@ def _is_retrieval(asked: dict[str, Any]) -> bool:
 
 
 async def _waited(client: PrefectClient, flow_run: FlowRun) -> bool:
-    """Return True if nobody executed a run when it was cancelled."""
+    """Return True if nobody executed a run when it was cancelled, or set to Failed."""
     states = sorted(await client.read_flow_run_states(flow_run.id), key=lambda one: one.timestamp)
     before = [one.type for one in states if one.type not in STOPPED]
     return bool(before) and before[-1] in WAITED

@@ -342,7 +342,7 @@ class Worker:
             self._do(stray.pause(self.client, self.ledger, self.alive, change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
             self._do(self._look_after(change))
-        elif change.type == "CANCELLED":
+        elif change.type == "CANCELLED" or (change.type == "FAILED" and change.before in ("SCHEDULED", "PAUSED")):
             self._do(cancelled.was_cancelled(self.client, self.ledger, change.run_id))
 
     def _do(self, work: Any) -> None:

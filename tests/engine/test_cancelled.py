@@ -98,6 +98,30 @@ def test_of_one_that_rests_only_the_targets_it_waits_for_have_ended_so(up: Talar
         up.until(lambda: ledger.rests.of(run) is None)  # whoever retries it begins anew
 
 
+def test_one_that_is_set_to_failed_while_it_waits_has_failed(up: Talaria, tmp_path: Path) -> None:
+    """As Prefect does itself with what its pages have suspended for five minutes; nobody heard of it."""
+    for number in range(2):
+        studies.ct(tmp_path / f"study{number}", 2)
+    up.apply(by_hand=folder(tmp_path / "by-hand", window=later(3)))
+    runs = [
+        up.told("send", str(tmp_path / f"study{number}"), "--to", "by-hand", "--no-wait")["flow_run_id"]
+        for number in range(2)
+    ]
+    up.until(lambda: all(up.run(run)["state_name"] == "AwaitingRetry" for run in runs))
+    suspended = {"type": "PAUSED", "name": "Suspended", "state_details": {"pause_reschedule": True}}
+    up.api("POST", f"/flow_runs/{runs[0]}/set_state", state=suspended, force=True)
+    for run in runs:
+        up.api("POST", f"/flow_runs/{run}/set_state", state={"type": "FAILED", "message": "never resumed"}, force=True)
+    up.until(lambda: all(ends(up, run) for run in runs))
+    said = {one["run"]: one["event"] for run in runs for one in ends(up, run)}
+    assert said == dict.fromkeys(runs, "talaria.dispatch.failed")
+    assert totals(up, "by-hand") == {(DISPATCHES, "failed"): 2, (ITEMS, "unsent"): 4}
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        stand = ledger.deliveries.of(runs)
+    assert {stand[run][WHOLE].state for run in runs} == {"failed"}
+    assert "never resumed" in stand[runs[0]]["by-hand"].words
+
+
 def test_one_that_is_paused_is_counted_and_one_that_runs_not_twice(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 40)
     slow = {"bandwidth_limit": 2000, "concurrency": 1}
