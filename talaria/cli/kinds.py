@@ -84,3 +84,14 @@ def print_types(types: dict[str, Any]) -> None:
         for name, one in types.items()
     ]
     table("Types (fields with * are required)", ["type", "fields"], rows)
+
+
+def shown(value: Any) -> str:
+    """Return a setting as it is written in a file; of peers and routes only what they say."""
+    if isinstance(value, dict):
+        return ", ".join(f"{field} {shown(one)}" for field, one in value.items() if one)
+    if isinstance(value, list):
+        return ("; " if any(isinstance(one, dict) for one in value) else ", ").join(map(shown, value))
+    return (
+        {None: "none", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )

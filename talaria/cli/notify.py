@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import add_apply, print_done, print_types, types_of
+from talaria.cli.kinds import add_apply, print_done, print_types, shown, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 from talaria.console import say
 
@@ -66,7 +66,7 @@ def show(name: Name, as_json: Json = False) -> None:
         return
     messages, note = values.pop("messages"), values.pop("note", "")
     for field, value in values.items():
-        print(f"{field}: {value}")
+        print(f"{field}: {shown(value)}")
     if note:
         say(note)
     for one in messages:

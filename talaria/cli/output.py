@@ -39,10 +39,15 @@ def exit_code_of(exc: BaseException) -> int:
     if isinstance(exc, sqlite3.Error):
         return _fail(f"the ledger can't be used: {exc}", NO_SERVER)
     if isinstance(exc, OSError):
-        return _fail(f"the state directory or the server can't be reached: {exc}", NO_SERVER)
+        return _fail(f"the state directory or the server can't be reached: {_said(exc)}", NO_SERVER)
     if _is_api_error(exc):
-        return _fail(f"the Prefect server did not answer as expected: {exc}", NO_SERVER)
+        return _fail(f"the Prefect server did not answer as expected: {_said(exc)}", NO_SERVER)
     raise exc
+
+
+def _said(exc: BaseException) -> str:
+    """Return what an error says; of one that says nothing, as a time-out, what it is."""
+    return str(exc) or type(exc).__name__
 
 
 def wrong_use(message: str) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import add_apply, print_done, print_types, types_of
+from talaria.cli.kinds import add_apply, print_done, print_types, shown, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 from talaria.console import say
 
@@ -66,7 +66,7 @@ def show(name: Name, as_json: Json = False) -> None:
         return
     print(f"name: {document['name']}")
     for field, value in document["settings"].items():
-        print(f"{field}: {_shown(value)}")
+        print(f"{field}: {shown(value)}")
     if document.get("belongs_to"):
         print(f"belongs to the host: {document['belongs_to']}")
     print(f"schedule: {'; '.join(document['schedule']) or 'none'}")
@@ -141,12 +141,3 @@ def _counts(one: dict[str, Any]) -> str:
 def _routed(one: dict[str, Any]) -> list[str]:
     """Return the targets that routes of a source name."""
     return [target for route in one.get("routes", ()) for target in route["targets"]]
-
-
-def _shown(value: Any) -> str:
-    """Return a setting as people read it: of peers and routes only what they say."""
-    if isinstance(value, dict):
-        return ", ".join(f"{field} {_shown(one)}" for field, one in value.items() if one)
-    if isinstance(value, list):
-        return ("; " if any(isinstance(one, dict) for one in value) else ", ").join(map(_shown, value))
-    return str(value)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import add_apply, print_done, types_of
+from talaria.cli.kinds import add_apply, print_done, shown, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, checked, enabled, print_json, table
 from talaria.console import say
 
@@ -82,7 +82,7 @@ def show(name: Name, as_json: Json = False) -> None:
         print_json(values)
         return
     for field, value in values.items():
-        print(f"{field}: {value}")
+        print(f"{field}: {shown(value)}")
 
 
 @app.command(epilog="Example: talaria target remove old-pacs")

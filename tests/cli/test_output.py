@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 
+import httpx
 import pytest
 
 from talaria.cli.follow import clock, size, words_of
-from talaria.cli.output import _width, table
+from talaria.cli.kinds import shown
+from talaria.cli.output import _width, exit_code_of, table
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
@@ -61,3 +63,15 @@ def test_progress_is_said_with_bytes_rate_and_time_left() -> None:
     assert words_of({"percent": 3.0, "words": "3 of 7 studies from pacs"}) == "3 of 7 studies from pacs"
     assert [size(count) for count in (0, 999, 1000, 2.5e12, 9e18)] == ["0 B", "999 B", "1.0 kB", "2.5 TB", "9000000 TB"]
     assert [clock(seconds) for seconds in (0.2, 59.4, 61, 3723)] == ["1 s", "59 s", "1:01", "1:02:03"]
+
+
+def test_settings_are_shown_as_they_are_written() -> None:
+    """A rule's were Python's: `on: ['dispatch.failed']`, `port: None`, `enabled: True`."""
+    assert [shown(one) for one in (["a", "b"], None, True, False, 0, "")] == ["a, b", "none", "true", "false", "0", ""]
+    assert shown([{"modality": "CT", "called": "", "targets": ["pacs"]}]) == "modality CT, targets pacs"
+
+
+def test_an_error_that_says_nothing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen: `the Prefect server did not answer as expected:`, and nothing behind it."""
+    assert exit_code_of(httpx.ReadTimeout("")) == 3
+    assert capsys.readouterr().err == "talaria: the Prefect server did not answer as expected: ReadTimeout\n"
