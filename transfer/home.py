@@ -33,6 +33,10 @@ WAIT_S = 0.2  # between two looks at a lock that somebody else holds
 # One of these is in each folder that is a state directory; the others may be in one that is to be.
 OURS = {"identity", "api.auth", "worker.auth", "encryption.key", "ledger.sqlite", "users.json", "tokens.json", "audit"}
 NEW = {"prefect", "demo", "talaria.toml", "lost+found"}
+FOLDERS = {
+    *("receipts", "progress", "listening", "uploads", "staging", "received", "sources", "indexes", "owners", "locks"),
+    *("logs", "checks", "failed", "retrievals", "waiting"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Home:
             raise PermissionError(errno.EPERM, "the state directory belongs to another user", str(home.root))
         if info.st_mode & 0o077:  # made by something else, for everybody to read
             there = {name for name in os.listdir(home.root) if not name.startswith(".")}  # as .snapshot of a volume
-            if there - NEW and not there & OURS:  # /tmp, or /: nobody else could use it any more
+            if there - NEW - FOLDERS and not there & OURS:  # /tmp, or /: nobody else could use it any more
                 words = "it has files of others, who would be shut out: let TALARIA_HOME name a new folder"
                 raise PermissionError(errno.EPERM, words, str(home.root))
             home.root.chmod(0o700)
