@@ -29,13 +29,24 @@ TEMPLATE = {
     "job_configuration": {"name": "{{ name }}"},
     "variables": {"type": "object", "properties": {"name": {"type": "string", "title": "Name"}}},
 }
+TRIES = 5  # each of them gets further: what there was to make becomes less
 CHECKS = "checks"  # the queue of checks: they have places of their own
 # Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
 QUEUES = {"urgent": 1, CHECKS: 5, "normal": 10, "offpeak": 100}
 
 
 async def register(client: PrefectClient) -> None:
-    """Create or update everything at the server; may be repeated at any time."""
+    """Create or update everything at the server; may be repeated at any time, and by several hosts at once."""
+    for left in reversed(range(TRIES)):
+        try:
+            await _register(client)
+            return
+        except ObjectAlreadyExists:  # another host has made it since we looked: it is found the next time
+            if not left:
+                raise
+
+
+async def _register(client: PrefectClient) -> None:
     for cls in (*TYPES.values(), *SOURCES.values()):
         await cls.aregister_type_and_schema(client=client)
     await _forms(client)
