@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import Artifact, FlowRun, State
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Running, Scheduled
 
 from talaria.engine import cancelled
@@ -161,12 +161,19 @@ class Server:
     async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
         return self.runs[run_id][1]
 
-    async def read_artifacts(self, **_: Any) -> list[Any]:
-        return [one for one in self.results if one.type == "result"]
+    async def read_artifacts(self, *, artifact_filter: Any, **_: Any) -> list[Any]:
+        keys = artifact_filter.key and artifact_filter.key.any_
+        return [one for one in self.results if (one.key in keys if keys else one.type == "result")]
 
-    async def create_artifact(self, artifact: Any) -> None:
+    async def delete_artifact(self, artifact_id: UUID) -> None:
+        """Take away what a newer one replaces."""
+        self.results = [one for one in self.results if one.id != artifact_id]
+
+    async def create_artifact(self, artifact: Any) -> Artifact:
         """Take the results of a retrieval that has never begun."""
-        self.results.append(artifact)
+        made = Artifact(**artifact.model_dump(exclude_unset=True))
+        self.results.append(made)
+        return made
 
 
 def a_run(*states: State[Any], **parameters: Any) -> tuple[FlowRun, list[State[Any]]]:
