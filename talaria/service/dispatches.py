@@ -19,14 +19,15 @@ from tasks.dispatch.delivery import Delivery, sort_out
 from tasks.dispatch.hours import check_hours
 from tasks.dispatch.report import document as whole
 from tasks.targets import check_destination, check_origin, load
-from transfer import live
-from transfer.errors import DispatchError
+from transfer import live, silent
+from transfer.errors import DispatchError, SourceAway
 from transfer.globs import patterns
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan, look, scan
 from transfer.receipt import State, trimmed
 from transfer.studies import Each, flood_id, listed
 
+ANSWER_S = 10.0  # for the server of a share: somebody waits for the answer
 PLAN_S = 0.05  # between two looks for the plan of a dispatch
 UNTAKEN_S = 5.0  # how long a plan is waited for while no worker has taken the dispatch
 UNPLANNED_S = 60.0  # and while one has
@@ -58,7 +59,8 @@ async def create_dispatch(
         host: the one that has the files, if it is another one.
 
     Raises:
-        NotFound, Misconfigured, Denied: there is no such target or path, or nothing to send.
+        NotFound, Misconfigured, Denied: there is no such target or path, or nothing to send. SourceAway: the share of
+            the files does not answer.
     """
     targets = list(dict.fromkeys(targets))
     check_asked(paths, targets)
@@ -67,6 +69,7 @@ async def create_dispatch(
         check_origin(target, Origin(sender_aet, receiver_aet, sender_host))
         check_hours(target, priority)
     if office.embedded and not host:  # else the files are another machine's
+        await _answer(paths)
         await asyncio.to_thread(_look, paths, each, patterns(exclude))
     parameters = {
         "paths": paths,
@@ -86,6 +89,16 @@ async def create_dispatch(
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
     document = await _planned(office, flow_run) if planned and fresh and not each else None
     return {"run": line(flow_run)} | trimmed(document or await _of_queue(office, flow_run, targets))
+
+
+async def _answer(paths: list[str]) -> None:
+    """Check that the shares answer that paths lie in: a look there would not end, and take a thread of the server.
+
+    Raises:
+        SourceAway: one does not.
+    """
+    if mute := await silent.mute(paths, ANSWER_S):
+        raise SourceAway(silent.words(mute[0]))
 
 
 def _look(paths: list[str], each: str, exclude: tuple[str, ...]) -> None:
@@ -185,6 +198,7 @@ async def plan_dispatch(
     for target in found:
         check_destination(target)
         check_origin(target, origin)
+    await _answer(paths)
     if each:
         return await asyncio.to_thread(_plan_flood, paths, Each(each), patterns(exclude), origin, found)
     plan = await asyncio.to_thread(scan, paths, patterns(exclude), origin)

@@ -15,6 +15,8 @@ from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import Source
 from talaria.engine.sweeping import _Sweeping
+from talaria.front.api.errors import answer_to
+from talaria.service import Office, dispatches
 from tasks.dispatch import line, running
 from tasks.dispatch.ends import refusal
 from tasks.dispatch.run import Dispatch
@@ -112,6 +114,21 @@ def test_a_dispatch_rests_until_the_share_answers(
         asyncio.run(ask())
     finally:
         running.forget("run")
+
+
+def test_who_asks_for_a_dispatch_is_told(share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatches, "ANSWER_S", 0.0)
+
+    async def none(*_: Any, **__: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr(dispatches, "load", none)
+    office = Office(cast(Any, None), Home(share.folder.parent))
+    for ask in (dispatches.create_dispatch, dispatches.plan_dispatch):
+        with pytest.raises(SourceAway, match="does not answer") as away:
+            asyncio.run(ask(office, [str(share.folder / "study")], ["shelf"]))
+        assert answer_to(away.value)[0] == 503
+    assert share.looks == 1
 
 
 def test_a_sweep_that_is_stopped_is_not_held_up(share: Share, monkeypatch: pytest.MonkeyPatch) -> None:

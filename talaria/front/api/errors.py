@@ -18,7 +18,7 @@ from talaria.front.lasting import TooMany
 from talaria.front.subscription import Ended
 from talaria.service import Conflict
 from talaria.service.searching import TooManySearches
-from transfer.errors import Denied, DispatchError, LedgerAway, Misconfigured, NotFound
+from transfer.errors import Denied, DispatchError, LedgerAway, Misconfigured, NotFound, SourceAway
 from transfer.validation import what_is_wrong
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def answer_to(exc: BaseException) -> tuple[int, str]:
         return CONFLICT, str(exc)
     if isinstance(exc, Misconfigured | Denied) or type(exc) is ValueError:  # others' may quote the value
         return WRONG, str(exc)
-    if isinstance(exc, Ended | LedgerAway | TooManySearches):
+    if isinstance(exc, Ended | LedgerAway | SourceAway | TooManySearches):
         return AWAY, str(exc)
     if isinstance(exc, DispatchError):
         return TARGET, str(exc)
