@@ -178,6 +178,8 @@ class Sweep:
             elif is_first or not tries:
                 failed.append(row.now(UnitState.FAILED, why, fingerprint=mark))
                 new += failed[-1:] if is_first else []
+            else:  # somebody has retried its run meanwhile: that this was seen is said by its time alone
+                failed.append(row)
         self.book.save(self.source.name, [*failed, *arrived])
         if new:
             self.done.counts[UnitState.FAILED] += len(new)
@@ -324,7 +326,7 @@ class Sweep:
                     continue
                 coming.add(unit.key)
                 unread = row if row and again.parted(row.fingerprint)[0] == unit.fingerprint else None
-                if unread and unread.time <= now < unread.time + AGAIN_S:
+                if unread and abs(now - unread.time) < AGAIN_S:  # of the ledger's clock, which may be ahead of ours
                     self._wait(unread.time + AGAIN_S)
                     continue
                 if unit.ahead and not self._has_stayed(unit, row, now):

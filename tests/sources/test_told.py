@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from talaria.service import sources
 from talaria.testing import studies as material
 from tasks.sources import again, inbox, sweep
 from tests.sources.bench import Bench
+from transfer.database import Sqlite
 from transfer.errors import NotFound
 from transfer.ledger import Ledger
 from transfer.plan import Plan
@@ -251,6 +253,7 @@ def test_what_could_not_be_read_while_it_was_sent_is_sent_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str, what: str
 ) -> None:
     """A share that hung for a moment left all that was under way to somebody's `source retry`."""
+    monkeypatch.setattr(Sqlite, "time", lambda self: time.time() + 0.5)  # as PostgreSQL's clock may be
     bench.source = bench.named(unit=unit, after="delete")
     material.ct(bench.inbox / "s", 3)
     descriptor, away = Plan.descriptor, [True]
@@ -280,6 +283,31 @@ def test_what_could_not_be_read_while_it_was_sent_is_sent_again(
     bench.dispatch()
     bench.sweep()
     assert bench.states() == {key: "done"} and delivered(bench) == 3 and not list(bench.inbox.rglob("*.dcm"))
+
+
+def test_a_retry_that_fails_as_well_before_a_unit_goes_again_is_seen_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its source was swept each second until then; one that is not watched, until its schedule began a sweep."""
+    bench.source = bench.named(unit="folder")
+    material.ct(bench.inbox / "s", 1)
+
+    def opened(self: Plan, item: Any, *flags: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Plan, "descriptor", opened)
+    bench.all()
+    before = bench.rows()["s"]
+    assert before.detail.endswith(again.WORDS)
+    with Ledger(bench.home.ledger) as ledger:
+        ledger.runs.begins(before.run, "us")
+        ledger.runs.ends(before.run)
+        assert ledger.sources.run_again() == {"box": {before.run}}
+    bench.sweep()
+    after = bench.rows()["s"]
+    with Ledger(bench.home.ledger) as ledger:
+        assert ledger.sources.run_again() == {}
+    assert replace(after, time=0.0) == replace(before, time=0.0) and told(bench) == 1
 
 
 def test_a_link_that_leads_nowhere_is_no_share_that_is_away(bench: Bench) -> None:
