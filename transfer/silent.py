@@ -57,11 +57,12 @@ async def mute(paths: Iterable[str], seconds: float) -> list[str]:
     One that is slow, as of disks that have to spin up, is waited for so long; one that is known to be silent is not.
     """
     wanted = list(dict.fromkeys(paths))
-    while wanted := [one for one in wanted if one not in await looked(_ask, wanted, _own_place)]:
+    while True:
+        answered = await looked(_ask, wanted, _own_place)
+        wanted = [one for one in wanted if one not in answered]
         if all(_silent_s(one) >= seconds for one in wanted):
-            break
+            return wanted
         await asyncio.sleep(AGAIN_S)
-    return wanted
 
 
 def words(path: str) -> str:
@@ -71,8 +72,8 @@ def words(path: str) -> str:
 
 def _own_place(path: str) -> str:
     """Return where what a path names is mounted; it itself, if that is the root: it may be a link to a share."""
-    folder = place(path)
-    return path if folder == os.path.dirname(path) else folder
+    path = os.path.abspath(path)
+    return path if (mount := _mount(path)) == "/" else mount
 
 
 def _ask(path: str) -> None:
@@ -89,7 +90,7 @@ class _Look(Generic[R]):
         self.answers: dict[str, R] = {}
         self.error: Exception | None = None
         self.is_over = False
-        self.begun = time.monotonic()
+        self.since = time.monotonic()  # when it began to look at the path that it looks at
         self._given_up = False
 
     async def wait(self) -> None:
@@ -115,7 +116,7 @@ class _Look(Generic[R]):
                 answer = self._look(path)
                 if self._given_up:
                     break
-                self.answers[path] = answer
+                self.answers[path], self.since = answer, time.monotonic()
         except Exception as exc:
             self.error = exc
         self.is_over = True
@@ -133,16 +134,20 @@ def _is_silent(path: str) -> bool:
 def _silent_s(path: str) -> float:
     """Return for how long the file system of a path has been silent, in seconds; 0 if it has answered."""
     path, now = os.path.abspath(path), time.monotonic()
-    return max((now - one.begun for where, one in [*_silent.items()] if _is_below(path, where)), default=0.0)
+    return max((now - one.since for where, one in [*_silent.items()] if _is_below(path, where)), default=0.0)
 
 
 def place(path: str) -> str:
     """Return where what a path names is mounted, as far as its name says that; its folder, if that is the root."""
-    path, found = os.path.abspath(path), "/"
+    path = os.path.abspath(path)
+    return mount if (mount := _mount(path)) != "/" else os.path.dirname(path)
+
+
+def _mount(path: str) -> str:
     with suppress(OSError), open(MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
         mounts = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[1]) for line in lines]
-        found = max((one for one in mounts if _is_below(path, one)), key=len, default="/")
-    return found if found != "/" else os.path.dirname(path)
+        return max((one for one in mounts if _is_below(path, one)), key=len, default="/")
+    return "/"
 
 
 def _is_below(path: str, folder: str) -> bool:

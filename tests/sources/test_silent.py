@@ -27,6 +27,8 @@ from transfer.errors import Cancelled, SourceAway
 from transfer.home import Home
 from transfer.ledger import Ledger
 
+OWN_PLACE = silent._own_place
+
 
 class Share:
     """A folder that does not answer until `over`."""
@@ -185,3 +187,37 @@ def test_others_are_watched_and_the_share_is_when_it_is_back(
         assert [len(one.folders) for one in sweeping.watched.values()] == [1, 1]
 
     asyncio.run(asyncio.wait_for(look(), 60))
+
+
+def test_each_path_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: all of them for each of them, a million times for a thousand."""
+    paths, asked = [f"/nowhere/{number}" for number in range(40)], list[str]()
+
+    def ask(path: str) -> None:
+        asked.append(path)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "statvfs", ask)
+    assert asyncio.run(silent.mute(paths, 60)) == []
+    assert asked == paths
+
+
+def test_one_look_is_enough_for_all_that_lies_in_the_share_itself(
+    tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mounts := tmp_path / "mounts").write_text(f"/dev/sda1 / ext4 rw 0 0\nserver:/export {share.folder} nfs rw 0 0\n")
+    monkeypatch.setattr(silent, "MOUNTS", str(mounts))
+    monkeypatch.setattr(silent, "_own_place", OWN_PLACE)
+    paths = [str(share.folder / f"{number}.dcm") for number in range(9)]
+    assert asyncio.run(silent.mute(paths, 0.0)) == paths
+    assert share.looks == 1
+    assert [silent._own_place(one) for one in ("/link", "/data/a")] == ["/link", "/data/a"]
+
+
+def test_how_long_a_path_is_silent_counts_from_when_it_was_asked() -> None:
+    """Not from when thousands before it were."""
+    seen: list[float] = []
+    one = silent._Look(lambda path: seen.append(one.since), ["/a", "/b"])
+    one.since = -1.0
+    one._main()
+    assert seen[0] == -1.0 < seen[1] <= one.since
