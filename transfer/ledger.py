@@ -253,7 +253,7 @@ class Ledger:
             since: count only rows that were written since then, in seconds since the epoch.
             untouched: count only rows of files to which nothing has happened since they were written.
         """
-        found = {}
+        found, now = {}, self.now()
         with self._db.reading():
             rows = iter(
                 self._db.execute(
@@ -267,7 +267,7 @@ class Ledger:
             by_name = {item.shown: item for item in items}
             for path, size, mtime_ns, outcome, detail, time in chain((first,), rows):
                 item = by_name.get(path)
-                if item is None or (untouched and item.changed_since(time)):
+                if item is None or (untouched and item.changed_since(time, now)):
                     continue
                 if (size, mtime_ns) == (item.size, item.mtime_ns):
                     found[item.path] = outcome_of(outcome, detail)

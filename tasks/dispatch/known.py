@@ -131,7 +131,7 @@ class Known:
         self, there: list[Confirmation], item: Item, sums: Callable[[Item], Iterator[str]], is_mine: bool
     ) -> Confirmation | None:
         def is_doubtful(one: Confirmation) -> bool:
-            return self._untouched and item.changed_since(one.time)
+            return self._untouched and item.changed_since(one.time, self._ledger.now())
 
         unread = (one for one in there if is_mine and not one.sha256 and one.is_file(item) and not is_doubtful(one))
         return next(unread, None) or confirmed.same(there, item, sums(item), is_doubtful)

@@ -319,10 +319,10 @@ class Dispatch:
         outputs = {d.target.name: f"{d.hook_result}\n{d.hook_output}" for d in self.deliveries if d.hook_result}
         rests = bool(self.looks.waits) and not self.cancelled.is_set()
         studies = self.looks.rest.document.get("studies")
+        if studies is not None:
+            studies = rows_given_up(studies, {name: why for name, (why, last) in self.looks.failed.items() if last})
         if self.studies is not None:
             studies = rows(self.studies, self.deliveries, studies or ())
-        elif studies is not None:
-            studies = rows_given_up(studies, {name: why for name, (why, last) in self.looks.failed.items() if last})
         if new or self.looks.failed:
             brief = rests and bool(self.looks.rest.document)
             what = self.home, dispatch_id, self.flow_run_id, state, receipts, outputs

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -29,6 +29,7 @@ from tasks.dispatch.push import push as push_once
 from tasks.dispatch.report import pieces
 from tasks.dispatch.rest import Left, Rest
 from tasks.dispatch.rows import rows_given_up
+from tasks.dispatch.run import Dispatch
 from tasks.dispatch.studies import Studies
 from tasks.driver import Driver, Facts, HookResult
 from tasks.happened import Cause, cause_of
@@ -81,11 +82,11 @@ class Bench:
         self.target = FolderTarget(folder="/nowhere", **fields)
         self.target.named("shelf")
         self.stop = threading.Event()
-        self.staging = tmp_path / "staging"
+        self.staging, self.way = tmp_path / "staging", Way.READ
 
     def studies(self, sharers: int = 1) -> Studies:
         found = listed([str(self.root)], Each.FOLDER)
-        return Studies(found, (), Origin(), self.staging, self.stop, Way.READ, sharers)
+        return Studies(found, (), Origin(), self.staging, self.stop, self.way, sharers)
 
     def flood(self, before: list[dict[str, Any]] | None = None, **more: Any) -> Flood:
         return Flood(
@@ -428,23 +429,29 @@ def test_a_study_that_is_gone_keeps_no_other_script_from_its_run(tmp_path: Path)
     assert {name: one.hook for name, one in flood.receipts().items()} == {"s0": "failed", "s1": "done", "s2": "done"}
 
 
-def test_the_clock_of_the_ledger_says_what_this_run_has_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [Way.READ, Way.PLACE], ids=str)
+def test_the_clock_of_the_ledger_says_what_this_run_has_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way
+) -> None:
+    """That of the files' server may be ahead of it: what it calls changed later than it was sent need not be."""
     made(tmp_path / "many", 1)
-    failed: list[bool] = []
+    pending: list[int] = []
 
     def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
-        if not failed:
-            failed.append(True)
+        pending.append(len(plan.pending))
+        if len(pending) == 1:
             report(plan.pending[0], DELIVERED)
             raise Interrupted("broke off")
         return all_of_it(target, plan, report)
 
     bench = Bench(tmp_path, push)
+    bench.way = way
     monkeypatch.setattr(bench.ledger._db, "time", lambda: time.time() - 3600)
     flood = bench.flood()
     with pytest.raises(Interrupted):
         flood.push()
     assert flood.push().counts[Kind.DELIVERED] == 2
+    assert pending == [2, 1]
 
 
 @pytest.mark.parametrize("begun", [0.0, 1.0])
@@ -681,6 +688,32 @@ def test_a_target_that_is_given_up_before_anything_is_read_says_why_of_each_stud
     assert failure(now, "") == "off: nobody there"
     assert sentence(off) == "off waiting: 1 unsent"  # of which it said "nothing"
     assert rows_given_up([row], {}) == [row]
+
+
+def test_why_a_target_was_given_up_is_also_said_where_the_run_goes_on_with_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "many", 2)
+    bench, off = Bench(tmp_path, all_of_it), FolderTarget(folder="/off").named("off")
+    waits = Receipt("off", (), stopped=State.WAITING, missing=1).to_json(all_items=True)
+    before = [{"study": f"s{at}", "dispatch_id": "d", "state": "waiting", "targets": {"off": waits}} for at in range(2)]
+    said: list[dict[str, Any]] = []
+
+    async def report(*what: Any, studies: Any, **more: Any) -> None:
+        said.extend(studies)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("tasks.dispatch.run.report", report)
+    flood = bench.flood()
+    flood.push()
+    run = Dispatch("run", [off, bench.target], bench.home, bench.ledger, cast(Any, None), cast(Any, None), "normal")
+    run.studies, run.deliveries = flood.studies, [flood]
+    run.looks.rest = Rest({"dispatch_id": "f", "targets": {"off": waits}, "studies": before}, {"off": Left()})
+    run.looks.failed = {"off": ("nobody there", True)}
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(run.conclude("f", [flood.receipt()]))
+    assert [failure(row, "") for row in said] == ["off: nobody there"] * 2
+    assert {row["state"] for row in said} == {"partial"}
 
 
 # ---- as people send them
