@@ -64,7 +64,7 @@ class Session:
         self.origin, self.authorizer, self.check, self.follow = origin, authorizer, check, follow
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
-        self._forbidden = ""  # an authorization that was new, and that a resource was refused to all the same
+        self._forbidden = ""  # an authorization that a resource was refused to, and no other one to be had helped
 
     @property
     def secrets(self) -> frozenset[str]:
@@ -150,7 +150,7 @@ class Session:
                 self._passed(answer)
                 if answer.status == 417 and request.expect:
                     request = replace(request, expect=False)
-                elif not renewed and self._may_be_renewed(answer, request) and self._renewed(request.authorization):
+                elif not renewed and self._renewed(answer, request):
                     renewed = True
                 elif self.follow and answer.status in REDIRECTS and "Location" in answer.headers:
                     redirects += 1
@@ -169,12 +169,15 @@ class Session:
         if answer.status == 407 and self.origin.forwards:
             raise self.origin.forwards.refusal(answer.status, answer.reason, self.origin.authority)
 
-    def _may_be_renewed(self, answer: Answer, request: Request) -> bool:
-        """Return True if another authorization may help: a right that is lacking needs no new one for each request."""
-        return answer.status == 401 or (answer.status == 403 and request.authorization != self._forbidden)
-
-    def _renewed(self, refused: str) -> bool:
-        return self.authorizer is not None and self.authorizer.renew(refused, self.check)
+    def _renewed(self, answer: Answer, request: Request) -> bool:
+        """Return True if there is another authorization now: a right that is lacking needs no look for each request."""
+        refused, forbidden = request.authorization, answer.status == 403
+        if self.authorizer is None or answer.status not in (401, 403) or (forbidden and refused == self._forbidden):
+            return False
+        if self.authorizer.renew(refused, self.check):
+            return True
+        self._forbidden = refused if forbidden else self._forbidden
+        return False
 
     def _redirected(self, answer: Answer, request: Request, redirects: int) -> str:
         """Return the path of a redirect, if it is within this origin and the request may follow it."""

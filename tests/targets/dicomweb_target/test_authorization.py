@@ -149,10 +149,11 @@ def test_oauth_refused_for_good(server: Scripted, plan: Plan) -> None:
         assert token not in str(sent.error)
 
 
+@pytest.mark.parametrize("same", [False, True])
 def test_oauth_a_right_that_is_lacking_costs_one_token_and_not_one_for_each_request(
-    server: Scripted, tmp_path: Path
+    server: Scripted, tmp_path: Path, same: bool
 ) -> None:
-    """Such servers count what is asked for at /token, too."""
+    """Such servers count what is asked for at /token, too. Some give out the same token again as long as it holds."""
     study, series = studies.uid(), studies.uid()
     uids = hold(server, *(studies.dataset(study=study, series=series) for _ in range(12)))
     closed, really = set(sorted(uids)[::2]), server._retrieve
@@ -162,9 +163,17 @@ def test_oauth_a_right_that_is_lacking_costs_one_token_and_not_one_for_each_requ
 
     server._retrieve = retrieve_all  # type: ignore[method-assign]
     only_newest(server)
+
+    def again(request: Request) -> Reply:
+        server.tokens.append(server.tokens[0] if server.tokens else f"token-{studies.uid()}-xyz")
+        return Reply(200, json.dumps({"access_token": server.tokens[0], "token_type": "bearer"}).encode())
+
+    server.on_token = again if same else None
     receipt = retrieve(oauth(server, concurrency=1), Query(), tmp_path / "out", PushReport())
     assert (receipt.state, receipt.counts[Kind.DELIVERED]) == (State.PARTIAL, 6)
     assert len(server.tokens) == 2
+    if same:
+        return
     server.tokens.append("revoked-all-others-xyz")
     assert list(find(oauth(server), Query())) and len(server.tokens) == 4
 
