@@ -10,6 +10,7 @@ gets its own name again, with the next sweep.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -285,10 +286,11 @@ def _placed(fd: int, folder: int, taken: str, tree: Tree, place: str) -> bool:
             return True
     info = os.fstat(fd)
     part = "/".join(filter(None, (parent(place), f".talaria-{_mark(info)}")))
-    with suppress(FileNotFoundError):
-        tree.unlink(part)  # what a kill has left of it
+    _clear_part(tree, part)
     try:
         with tree.opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as writer:
+            with suppress(OSError):  # a share that knows no locks
+                fcntl.flock(writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
             copy_bytes(fd, writer)
             with suppress(OSError):
                 os.fchmod(writer, info.st_mode & PERMISSIONS)
@@ -302,6 +304,23 @@ def _placed(fd: int, folder: int, taken: str, tree: Tree, place: str) -> bool:
     finally:
         with suppress(FileNotFoundError):
             tree.unlink(part)
+
+
+def _clear_part(tree: Tree, part: str) -> None:
+    """Remove what a kill has left of a copy.
+
+    Raises:
+        OSError: a sweep that was stopped is still at it: half of ours would get the name of its copy.
+    """
+    with suppress(FileNotFoundError):
+        with tree.opened(part) as left:
+            try:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), part) from exc
+            except OSError:
+                pass  # a share that knows no locks
+        tree.unlink(part)
 
 
 def _mark(info: os.stat_result) -> str:

@@ -641,6 +641,33 @@ def test_what_a_kill_left_of_a_copy_goes(bench: Bench, monkeypatch: pytest.Monke
     assert names(sent) == {"s/a.dcm"} and not names(bench.inbox)
 
 
+def test_a_copy_that_a_stopped_sweep_still_makes_is_not_made_by_the_next_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that a share holds up goes on when it answers: it would give its name to half of the other's copy."""
+    sent = bench.folder / "sent"
+    bench.source = bench.named(after="move", move_to=str(sent))
+    data = material.dicom(bench.inbox / "s" / "a.dcm").read_bytes()
+    copy, copies = after.copy_bytes, list[int]()
+
+    def linking(source: Any, name: Any, **folders: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def copied(source: int, writer: int) -> int:
+        copies.append(writer)
+        if len(copies) == 1:
+            bench.sweep()
+        return copy(source, writer)
+
+    monkeypatch.setattr(os, "link", linking)
+    monkeypatch.setattr(after, "copy_bytes", copied)
+    bench.all()
+    assert len(copies) == 1
+    assert names(sent) == {"s/a.dcm"} and (sent / "s" / "a.dcm").read_bytes() == data
+    bench.all()
+    assert names(sent) == {"s/a.dcm"} and not names(bench.inbox)
+
+
 @pytest.mark.parametrize("unit", ["study", "series"])
 def test_loose_files_are_grouped_by_their_uids(bench: Bench, unit: str) -> None:
     bench.source = bench.named(unit=unit, after="delete")
