@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.objects import Artifact
+from prefect.exceptions import ObjectNotFound
 
 from imaging.query import counted
 from tasks.dispatch import kept
@@ -164,7 +166,8 @@ async def report(client: PrefectClient, home: Home, job: Job, flow_run_id: str, 
     made = await client.create_artifact(table)
     for old in await _tables(client, flow_run_id) if has_run_before() else ():
         if old.id != made.id:  # a list that waits for its source does so part after part, each with a table of all
-            await client.delete_artifact(old.id)
+            with suppress(ObjectNotFound):  # somebody has removed it meanwhile
+                await client.delete_artifact(old.id)
 
 
 async def _tables(client: PrefectClient, flow_run_id: str) -> list[Artifact]:

@@ -24,7 +24,7 @@ _UNREAD = frozenset(
 
 
 def marked(fingerprint: str, tries: int) -> str:
-    """Return the fingerprint of a unit that is dispatched again, for the so-manieth time."""
+    """Return the fingerprint of a unit that is dispatched again, with the number of times that it has been."""
     return f"{fingerprint}{AGAIN}{tries}"
 
 
