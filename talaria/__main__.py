@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def main() -> None:
         code = 2 if help_text else wrong_use(exc.format_message())
     except Exception as exc:
         code = exit_code_of(exc)
+        with suppress(OSError):
+            flushed()
     except KeyboardInterrupt as exc:
         code = exit_code_of(exc)
     sys.exit(code if isinstance(code, int) else 0)

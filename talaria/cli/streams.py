@@ -43,7 +43,8 @@ def open_streams() -> None:
             raw = io.BufferedWriter(_Dropping(number, "w", closefd=False))
             # An encoding that somebody demands (PYTHONIOENCODING) may lack what tables are drawn with.
             errors = "backslashreplace" if stream.errors == "strict" else stream.errors
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=stream.line_buffering))
+            lines = stream.line_buffering or stream.write_through  # PYTHONUNBUFFERED, as in many images of containers
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=lines))
 
 
 def flushed() -> None:

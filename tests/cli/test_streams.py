@@ -51,10 +51,21 @@ def test_a_reader_that_has_enough_makes_no_difference(
     assert (done.returncode, b"Broken" in (done.stderr or b"")) == (code, False)
 
 
-def test_an_output_that_can_t_be_written_is_said_in_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_can_t_be_written_is_said_in_a_line(tmp_path: Path, unbuffered: str) -> None:
     with api(tmp_path, LISTED) as one:
-        done = ran('"$@" >/dev/full', "target", "list", env=one.env, cwd=tmp_path)
+        env = one.env | {"PYTHONUNBUFFERED": unbuffered}
+        done = ran('"$@" >/dev/full', "target", "list", env=env, cwd=tmp_path)
     assert done.returncode == 3 and len(done.stderr.splitlines()) == 1 and b"No space left" in done.stderr
+
+
+def test_what_is_printed_is_out_at_once_where_python_is_to_hold_nothing_back(tmp_path: Path) -> None:
+    """Seen: with PYTHONUNBUFFERED, as in containers, even what was said of errors waited for the end of the process."""
+    program = "import os, sys; from talaria.cli.streams import open_streams; open_streams(); print('a');"
+    program += "print('b', file=sys.stderr); os._exit(0)"
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-P", "-c", program], env=env, cwd=tmp_path, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"a\n", b"b\n")
 
 
 def test_a_locale_of_other_letters_changes_nothing(tmp_path: Path) -> None:
