@@ -44,7 +44,7 @@ def home_of_settings() -> Path:
         return Path(home).expanduser().absolute()
     for values in settings_files().values():
         if isinstance(home := values.get("home"), str):
-            return Path(home).expanduser().absolute()
+            return Path(home or "~/.talaria").expanduser().absolute()
     return Path("~/.talaria").expanduser().absolute()
 
 

@@ -60,7 +60,7 @@ class Home:
         if info.st_mode & 0o077:  # made by something else, for everybody to read
             there = {name for name in os.listdir(home.root) if not name.startswith(".")}  # as .snapshot of a volume
             if there - NEW - FOLDERS and not there & OURS:  # /tmp, or /: nobody else could use it any more
-                words = "it has files of others, who would be shut out: let TALARIA_HOME name a new folder"
+                words = "others can read it, and it has files that are not Talaria's: name a new one, or chmod 700 it"
                 raise PermissionError(errno.EPERM, words, str(home.root))
             home.root.chmod(0o700)
         return home

@@ -60,7 +60,7 @@ def test_a_folder_that_others_use_is_no_state_directory(tmp_path: Path, monkeypa
     folder.chmod(0o1777)
     monkeypatch.setenv("TALARIA_HOME", str(folder))
     (folder / "theirs").touch()
-    with pytest.raises(PermissionError, match="has files of others"):
+    with pytest.raises(PermissionError, match="chmod 700"):
         Home.current()
     assert folder.stat().st_mode & 0o7777 == 0o1777
     (folder / "theirs").rename(folder / "api.auth")  # of one whose mode somebody has changed
@@ -76,6 +76,9 @@ def test_an_empty_name_of_the_state_directory_is_none(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TALARIA_HOME", "")
     monkeypatch.chdir(tmp_path)
     assert settings.load_settings().home == Path("~/.talaria") and Home.current().root == tmp_path / "me" / ".talaria"
+    monkeypatch.setenv("TALARIA_HOME", "")
+    (tmp_path / "talaria.toml").write_text("home = ''\n")
+    assert home_of_settings() == tmp_path / "me" / ".talaria" and settings.load_settings().home == Path("~/.talaria")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
