@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -57,6 +57,8 @@ FLOWS = ("dispatch", "retrieve")  # whose runs may be late: also a retrieval's d
 logger = logging.getLogger("talaria.notify")
 NOT_ENDED = [state for state in StateType if state not in TERMINAL_STATES]
 
+APART_S = 30.0  # for a look, before the next one begins
+_looks: dict[RuleEvent, asyncio.Future[Exception | None]] = {}  # the last one for each
 _unswept: dict[UUID, float] = {}  # sweeps that nobody has begun, since when they are known (`time.monotonic`)
 _asked: dict[UUID, tuple[UUID | None, datetime | None]] = {}  # by run: its state, and what its states said then
 
@@ -71,30 +73,47 @@ async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterabl
     heard = {event for rule in at_work for event in rule.on}
     if RuleEvent.LATE in heard:
         late = {rule.late_s for rule in at_work if RuleEvent.LATE in rule.on}
-        await _apart(RuleEvent.LATE, _late(client, ledger, late))
+        await _apart(RuleEvent.LATE, lambda: _late(client, ledger, late))
     if RuleEvent.STUCK in heard:
-        await _apart(RuleEvent.STUCK, _say_unswept(client, ledger))
+        await _apart(RuleEvent.STUCK, lambda: _say_unswept(client, ledger))
     if not heard & {RuleEvent.UP, RuleEvent.CERTIFICATE, RuleEvent.DISK}:
         return
     saved = await all_targets(client)
     targets = [one for one in saved if isinstance(one, Target)]
     if RuleEvent.UP in heard:
-        await _apart(RuleEvent.UP, dead.ask_again(client, home, ledger, targets))
+        await _apart(RuleEvent.UP, lambda: dead.ask_again(client, home, ledger, targets))
     if RuleEvent.CERTIFICATE in heard:
-        await _apart(RuleEvent.CERTIFICATE, _say_expiring(client, home, ledger, saved, certificate))
+        await _apart(RuleEvent.CERTIFICATE, lambda: _say_expiring(client, home, ledger, saved, certificate))
     if RuleEvent.DISK in heard:
         wanted = {rule.free_percent for rule in at_work if RuleEvent.DISK in rule.on}
-        await _apart(RuleEvent.DISK, asyncio.to_thread(_say_low, home, ledger, targets, wanted))
+        await _apart(RuleEvent.DISK, lambda: asyncio.to_thread(_say_low, home, ledger, targets, wanted))
 
 
-async def _apart(event: RuleEvent, looking: Awaitable[None]) -> None:
-    """Look for one thing, so that what is wrong with it keeps nobody from hearing of the others."""
+async def _apart(event: RuleEvent, look: Callable[[], Awaitable[None]]) -> None:
+    """Look for one thing, so that what is wrong with it keeps nobody from hearing of the others.
+
+    A look that does not end, as at a file on a share that is silent, is left after APART_S; there is no other one for
+    the same thing until it ends.
+    """
+    if event in _looks and not _looks[event].done():
+        return
+    _looks[event] = asyncio.ensure_future(_away(event, look))
+    done, _ = await asyncio.wait([_looks[event]], timeout=APART_S)
+    if not done:
+        logger.warning("%s is still looked for, after %.0f seconds", event, APART_S)
+    elif away := _looks[event].result():
+        raise away
+
+
+async def _away(event: RuleEvent, look: Callable[[], Awaitable[None]]) -> Exception | None:
+    """Look for one thing; return the error if the server or the ledger is away."""
     try:
-        await looking
-    except (*LOST, httpx.HTTPError):
-        raise
+        await look()
+    except (*LOST, httpx.HTTPError) as exc:
+        return exc
     except Exception:
         logger.exception("%s can't be looked for: an unexpected error", event)
+    return None
 
 
 async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int]) -> None:

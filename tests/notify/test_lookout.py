@@ -188,6 +188,36 @@ def test_a_target_that_is_back_is_heard_of_while_others_are_silent(
         asking.join()
 
 
+def test_a_look_that_never_ends_keeps_nobody_from_hearing_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the certificate of a target on a share that is silent."""
+    begun = list[None]()
+
+    async def never(*args: Any) -> None:
+        begun.append(None)
+        await asyncio.Event().wait()
+
+    async def none(*args: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+    monkeypatch.setattr(lookout, "_say_expiring", never)
+    monkeypatch.setattr(lookout, "all_targets", none)
+    monkeypatch.setattr(lookout, "APART_S", 0.01)
+    rule = WebhookRule(url="http://h/", on=["certificate.expires", "disk.low"], free_percent=99.9999).named("ops")
+
+    async def look() -> None:
+        for _ in range(2):
+            await lookout.look(cast(Any, None), Home(tmp_path), ledger, [rule], "")
+            await lookout._looks[lookout.RuleEvent.DISK]
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        asyncio.run(look())
+        assert [one.event for one in ledger.happenings.waiting(10)] == ["disk.low"]
+    assert len(begun) == 1
+
+
 def test_a_look_that_fails_keeps_nobody_from_hearing_of_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
