@@ -45,6 +45,12 @@ def limited() -> Any:
     return Limited
 
 
+def usual(driver: Any) -> None:
+    """Let the usual limit be that of a connection that goes back to those of the process; None for one that broke."""
+    if driver is not None:
+        driver.answer_s = ANSWER_S
+
+
 def limit(connection: Connection, seconds: float) -> None:
     """Set the longest time, in seconds, for which the server may be silent on a connection."""
     driver: Any = connection.connection.driver_connection

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transfer.answers import limit, limited
+from transfer.answers import limit, limited, usual
 from transfer.errors import DispatchError, LedgerAway, LedgerFull, Misconfigured
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BUSY_S = 30  # how long a writer waits for another process's commit, or for a server that is away
 AT_ONCE_S = 0.02  # between two attempts to change a new file of SQLite's that another process changes as well
 AGAIN_S = 0.5  # between two attempts to reach one
-SET_UP_S = 600.0  # for a statement that makes tables, or brings them up to date
+LONG_S = 600.0  # for a statement that makes tables, brings them up to date, or looks through all of their rows
 WAIT_S = 0.2  # between two attempts to take a lock that another host holds
 SET_UP = 0x74616C61  # key of the advisory lock under which tables are made
 PREFIXES = ("postgresql://", "postgres://", "postgresql+psycopg://")
@@ -420,6 +420,7 @@ def _engine(url: str) -> Engine:
             hide_parameters=True,  # in messages of errors
             connect_args=KEEPALIVE | {"options": options, "application_name": "talaria"},
         )
+        event.listen(engine, "checkin", lambda driver, _record: usual(driver))
         event.listen(engine, "do_connect", lambda _dialect, _record, given, named: limited().connect(*given, **named))
         return engine
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as exc:
@@ -440,7 +441,7 @@ def _set_up(url: str, tables: Tables) -> tuple[Engine, float]:
         try:
             if (url, tables) not in _known:
                 with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
-                    limit(connection, SET_UP_S)
+                    limit(connection, LONG_S)
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({SET_UP})"))
                     connection.execute(text("CREATE SCHEMA IF NOT EXISTS talaria"))
                     connection.execute(text("CREATE TABLE IF NOT EXISTS version (number INTEGER PRIMARY KEY)"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from protocols.dicomfolder.indexes import clear_indexes
 from transfer import deadletters, nearby, spool, unitlist, uploads
+from transfer.database import LONG_S
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import STAGED_BY, discard
@@ -48,7 +49,8 @@ def forget(home: Home, age: float, open_runs: Collection[str], failed_age: float
         shared_age: for what is in a ledger that several hosts share, if it is longer: no host knows of which runs the
             others keep files.
     """
-    with Ledger(home.ledger) as ledger:
+    # Millions of rows are looked through: PostgreSQL may take minutes for the answer.
+    with Ledger(home.ledger, answer_s=LONG_S) as ledger:
         now = ledger.now()
         before, common = now - age, now - (max(age, shared_age) if ledger.shared else age)
         deadletters.clear(home, now - failed_age, {*open_runs, *ledger.rests.runs()})

@@ -23,13 +23,15 @@ import psycopg
 import pytest
 
 from imaging.header import Header
+from talaria.engine import leftovers
 from talaria.testing import studies
-from talaria.testing.process import as_loaded
+from talaria.testing.process import as_loaded, until
 from tests.servers.postgresql import PostgreSql
-from transfer import database, lease
+from transfer import answers, database, lease
 from transfer.confirmed import Spot
 from transfer.deliveries import Standing
 from transfer.errors import DispatchError, LedgerAway, LedgerFull, Misconfigured
+from transfer.home import Home
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, ELSEWHERE, Kind, Outcome
 from transfer.plan import Item, Plan, scan
@@ -525,6 +527,27 @@ def test_a_connection_on_which_the_server_is_silent_is_left_for_another(postgres
                 ((lock,),) = ledger._db.execute("SELECT pid FROM pg_locks WHERE locktype='advisory'").fetchall()
                 held.enter_context(stopped(lock))
             assert ledger.runs.owner_of("r") == "owner"
+
+
+def test_what_looks_through_all_rows_may_take_longer_than_other_answers(
+    postgres: PostgreSql, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a ledger with millions of rows, nothing would ever be forgotten."""
+    url, forgotten = postgres.new(), list[leftovers.Forgotten]()
+    monkeypatch.setenv("TALARIA_LEDGER", url)
+    monkeypatch.setattr(leftovers, "Ledger", lambda where, answer_s=0.2: Ledger(where, answer_s))
+    monkeypatch.setattr(database, "BUSY_S", 0)
+    Ledger(url).close()
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type='Lock' AND now() - query_start > interval '0.5 s'"
+    with psycopg.connect(url) as other:
+        other.execute("LOCK TABLE talaria.items")
+        looking = threading.Thread(target=lambda: forgotten.append(leftovers.forget(Home(tmp_path), 0, (), 0, 0)))
+        looking.start()
+        until(lambda: not looking.is_alive() or rows(url, waits))
+    looking.join()
+    assert forgotten
+    with closing(database._engine(url).raw_connection()) as free:  # whoever takes it next is asked by it at once
+        assert free.driver_connection and free.driver_connection.answer_s == answers.ANSWER_S
 
 
 def test_a_database_that_may_only_be_read_is_away_until_it_may_be_written_again(
