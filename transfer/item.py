@@ -107,14 +107,6 @@ class Item:
     def ctime_ns(self) -> int:
         return int(_FACTS.unpack_from(self._own)[1])
 
-    def changed_since(self, seconds: float, now: float) -> bool:
-        """Return True if something happened to the file, as far as its ctime says, after a time since the epoch.
-
-        Args:
-            now: a ctime that is yet to come is of a file server whose clock is ahead, and says nothing of that.
-        """
-        return seconds * 1_000_000_000 < self.ctime_ns <= now * 1_000_000_000
-
     @property
     def inode(self) -> int:
         return int(_FACTS.unpack_from(self._own)[2])

@@ -243,17 +243,16 @@ class Ledger:
         items: tuple[Item, ...],
         endpoint: str | None = None,
         since: float = 0.0,
-        *,
-        untouched: bool = False,
+        is_touched: Callable[[Item, float], bool] = lambda item, since: False,
     ) -> dict[str, Outcome]:
         """Return the outcomes, by path, of the items whose file is still the one that the row is about.
 
         Args:
             endpoint: count only rows about this one; None for any.
             since: count only rows that were written since then, in seconds since the epoch.
-            untouched: count only rows of files to which nothing has happened since they were written.
+            is_touched: whether something has happened to a file since a row was written, which counts no more then.
         """
-        found, now = {}, self.now()
+        found = {}
         with self._db.reading():
             rows = iter(
                 self._db.execute(
@@ -267,7 +266,7 @@ class Ledger:
             by_name = {item.shown: item for item in items}
             for path, size, mtime_ns, outcome, detail, time in chain((first,), rows):
                 item = by_name.get(path)
-                if item is None or (untouched and item.changed_since(time, now)):
+                if item is None or is_touched(item, time):
                     continue
                 if (size, mtime_ns) == (item.size, item.mtime_ns):
                     found[item.path] = outcome_of(outcome, detail)

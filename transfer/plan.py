@@ -73,6 +73,7 @@ class Plan:
         watch: knows which of the files were written to.
         sources: absolute paths, without links, of what was asked for; empty for all that is in `root`.
         in_place: opens the items that are not below `root`, but read where they lie.
+        copied: the ctime, in nanoseconds, of the files of a source that were copied, by path.
     """
 
     dispatch_id: str
@@ -86,6 +87,7 @@ class Plan:
     watch: Watch | None = field(default=None, repr=False, compare=False)
     sources: tuple[str, ...] = field(default=(), repr=False, compare=False)
     in_place: InPlace | None = field(default=None, repr=False, compare=False)
+    copied: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def pending(self) -> tuple[Item, ...]:

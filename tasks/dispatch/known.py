@@ -10,7 +10,7 @@ from functools import cached_property
 from blocks.base import Target
 from tasks.driver import Facts
 from transfer import confirmed
-from transfer.confirmed import Confirmation, Spot
+from transfer.confirmed import SECOND, Confirmation, Spot
 from transfer.content import sha256
 from transfer.errors import Cancelled, Rejected
 from transfer.layout import names
@@ -49,7 +49,7 @@ class Known:
         self._found: dict[str, Confirmation] = {}  # by path, of what others have sent
         self._summed: set[str] = set()  # paths of what others have sent, and summed up
         # What a source moves or deletes must be what was confirmed: whoever writes to it may restore its time.
-        self._untouched = plan.in_place is not None and plan.in_place.untouched
+        self._ours = bool(plan.copied) or (plan.in_place is not None and plan.in_place.untouched)
         self._unread: list[Item] = []  # confirmed by this delivery, and not yet summed up
 
     @property
@@ -102,7 +102,16 @@ class Known:
         return self._compared(self._own(), (), lambda item: iter(()))
 
     def _own(self) -> dict[str, Outcome]:
-        return self._ledger.outcomes(*self._key[:2], self._plan.items, self._key[2], untouched=self._untouched)
+        return self._ledger.outcomes(*self._key[:2], self._plan.items, self._key[2], is_touched=self._is_touched)
+
+    def _is_touched(self, item: Item, since: float) -> bool:
+        """Return True if something has happened to a source's file, as far as its ctime says, since a time.
+
+        A ctime that is yet to come is of a file server whose clock is ahead, and says nothing.
+        """
+        if not self._ours:
+            return False
+        return since < self._plan.copied.get(item.path, item.ctime_ns) / SECOND <= self._ledger.now()
 
     def _compared(
         self, own: dict[str, Outcome], settled: Container[str], sums: Callable[[Item], Iterator[str]]
@@ -131,7 +140,7 @@ class Known:
         self, there: list[Confirmation], item: Item, sums: Callable[[Item], Iterator[str]], is_mine: bool
     ) -> Confirmation | None:
         def is_doubtful(one: Confirmation) -> bool:
-            return self._untouched and item.changed_since(one.time, self._ledger.now())
+            return self._is_touched(item, one.time)
 
         unread = (one for one in there if is_mine and not one.sha256 and one.is_file(item) and not is_doubtful(one))
         return next(unread, None) or confirmed.same(there, item, sums(item), is_doubtful)

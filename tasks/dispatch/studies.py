@@ -87,7 +87,10 @@ class Studies:
     def _stage(self, study: FloodStudy, one: _Staged) -> Plan:
         plan = study.read(self._exclude, self.plan.origin, self.check)
         one.source = plan.root
-        plan = stage(plan, one.folder, self.check, self._way)
+        # What a source moves or deletes is looked at once more, if something has happened to it since it was confirmed.
+        is_unit = self._way is Way.COPY and bool(study.within)
+        copied = {item.path: item.ctime_ns for item in plan.items} if is_unit else {}
+        plan = replace(stage(plan, one.folder, self.check, self._way), copied=copied)
         # A target that is late gets the dispatch that the others got, even if a file has changed since.
         return replace(plan, dispatch_id=self.ids.setdefault(study.name, plan.dispatch_id))
 

@@ -799,14 +799,16 @@ def test_other_content_under_the_same_name_length_time_and_uid_is_sent_before_it
 
 @pytest.mark.parametrize("how", ["edited", "chmod"])
 @pytest.mark.parametrize("next_", ["retried", "late"])
-@pytest.mark.parametrize("layout", ["{StudyInstanceUID}", "{dispatch_id}"])
+@pytest.mark.parametrize(
+    ("layout", "copy_first"), [("{StudyInstanceUID}", False), ("{dispatch_id}", False), ("{StudyInstanceUID}", True)]
+)
 def test_what_was_touched_after_it_was_confirmed_is_sent_before_it_goes(
-    tmp_path: Path, how: str, next_: str, layout: str
+    tmp_path: Path, how: str, next_: str, layout: str, copy_first: bool
 ) -> None:
     """Whoever edits a file may restore its length and time, which the ledger knows the confirmed content by."""
     bench = Bench(tmp_path / "bench", "one", "two")
     bench.targets = {name: bench.target(name, layout=layout) for name in bench.targets}
-    bench.source = bench.named(after="delete")
+    bench.source = bench.named(after="delete", copy_first=copy_first)
     study = material.uid(56)
     path = material.dicom(bench.inbox / "s" / "a.dcm", study=study)
     bench.down = {"two"} if next_ == "retried" else set()
