@@ -68,7 +68,7 @@ async def _why_not(client: Any, path: str, body: bytes) -> str:
     if many := _MANY.fullmatch(path):
         try:
             return await _of_many(client, many[1], json.loads(body).get(many[1]) or {})
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return ""
     one = _BY_ID.fullmatch(path)
     if one is None or one[1] != "work_queues":
@@ -98,7 +98,12 @@ async def _of_many(client: Any, kind: str, wanted: dict[str, Any]) -> str:
     from talaria.engine.table import FLOWS, OF_SOURCES, flow_at
     from tasks.sources.saved import KEPT
 
-    answer = await client.request("POST", f"/{kind}/filter", json={kind: wanted, "limit": MOST})
+    try:
+        answer = await client.request("POST", f"/{kind}/filter", json={kind: wanted, "limit": MOST})
+    except httpx.HTTPStatusError as exc:
+        if exc.response.status_code != httpx.codes.UNPROCESSABLE_ENTITY:
+            raise
+        return ""  # Prefect's to refuse
     for one in answer.json():
         name = str(one["name"])
         if kind == "flows":

@@ -68,3 +68,6 @@ def test_what_people_have_made_beside_it_goes(up: Talaria) -> None:
     assert ask(up, "DELETE", f"/work_pools/{name}", None).status_code == 204
     assert ask(up, "DELETE", f"/work_queues/{uuid4()}", None).status_code == 404
     assert ask(up, "POST", "/flows/bulk_delete", {"flows": {"id": {"any_": [str(uuid4())]}}}).json()["deleted"] == []
+    for odd in ({"deployments": {"id": {"any_": ["none"]}}}, {"deployments": 5}, ["deployments"]):
+        assert ask(up, "POST", "/deployments/bulk_delete", odd).status_code == 422  # Prefect's own words
+    assert ask(up, "DELETE", f"/flows/{'-' * 36}", None).status_code in (404, 422)
