@@ -209,7 +209,7 @@ class Delivery:
 
     def leave(self, left: Left) -> Left:
         """Return what the next part of its run must know; `left` is what this part knew."""
-        if not self.attempts:
+        if not self.attempts or (not left.begun and self.attempts == left.attempts):
             return replace(left, ended=self.stopped is not State.WAITING)
         return Left(
             self.attempts,
@@ -233,13 +233,13 @@ class Delivery:
 
     def resume(self, left: Left) -> None:
         """Go on where an earlier part of its run left off."""
-        if not left.begun:
+        self.attempts, self.failures = left.attempts, list(left.failures)
+        if not left.begun:  # they were tests: from now on it may fail as often as if it had just come
             return
-        self.attempts, self.futile, self.failures = left.attempts, left.futile, list(left.failures)
-        self._since, self._begun = left.begun, time.monotonic() - (self.ledger.now() - left.begun)
+        self.futile, self._since = left.futile, left.begun
+        self._begun = time.monotonic() - (self.ledger.now() - left.begun)
         self._stumbled, self._put_off = set(left.stumbled), dict(left.put_off)
-        self._unanswered, self._tries = Counter(left.unanswered), Counter(left.tries)
-        self.hook_tries = left.hook_tries
+        self._unanswered, self._tries, self.hook_tries = Counter(left.unanswered), Counter(left.tries), left.hook_tries
         self._last = Receipt(self.target.name, (), verified=Level(left.verified), notes=tuple(left.notes))
         key, items = self.key, self.plan.items
         known = self.ledger.outcomes(*key[:2], items, key[2])

@@ -18,6 +18,7 @@ from talaria.testing import studies
 from tasks.dispatch import delivery as engine
 from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.push import push_task
+from tasks.dispatch.rest import Left
 from tasks.driver import Driver, Facts
 from transfer.errors import Busy, DispatchError, Interrupted, LedgerAway, Misconfigured
 from transfer.health import Health
@@ -95,6 +96,23 @@ def test_what_gets_no_further_ends_after_max_attempts(tmp_path: Path) -> None:
     assert receipt.state is State.FAILED and receipt.attempts == 3 and receipt.unsent == 6
     assert receipt.error == "the link broke"
     assert one.failures[-1] == "attempt 3 of 3 failed: the link broke"
+
+
+def test_attempts_that_were_tests_are_in_the_receipt_and_leave_as_many_pushes(tmp_path: Path) -> None:
+    """Seen: a dispatch to a dead target had five attempts, and one when it was delivered."""
+    left = Left(attempts=3, futile=3, failures=["attempt 1 of 4 failed: away"] * 3, tried=1.0, error="Unreachable")
+    with delivery(tmp_path, after(1), max_attempts=1) as one:
+        one.resume(left)
+        one.stopped = State.WAITING  # as there is no slot
+        assert one.leave(left) == left
+        one.stopped = None
+        run(one)
+        receipt = one.receipt()
+    assert receipt.state is State.DELIVERED and receipt.attempts == 9
+    assert receipt.notes[0] == "attempt 1 of 4 failed: away" and len(receipt.notes) == 6
+    with delivery(tmp_path / "other", after(0), max_attempts=2) as one:
+        one.resume(left)
+        assert len(run(one)) == 1 and one.attempts == 5 and one.failures[-1] == "attempt 5 of 5 failed: the link broke"
 
 
 def test_a_ledger_that_is_away_costs_no_attempt(tmp_path: Path) -> None:
