@@ -105,13 +105,9 @@ class RunClient(Client):
         if state.type is StateType.PENDING:  # a part of a run that goes on: its whole is asked, not this one
             return await super().set_flow_run_state(run_id, state, force)
         if state.type is not StateType.RUNNING or running.asked(str(run_id)) or not running.WATCHED.is_set():
-            try:
-                now = (await self.read_flow_run(run_id)).state
-            except ObjectNotFound as exc:
-                raise Abort(f"run {run_id} has been deleted") from exc
+            now = await self._state_of(run_id)
             if now is not None and now.type not in OURS:
-                why = StateRejectDetails(reason=f"somebody has set it {now.name} meanwhile")
-                return OrchestrationResult(state=now, status=SetStateStatus.REJECT, details=why)
+                return _refused(now)
             pausing, left = now is not None and now.name == running.PAUSING, running.stopping() and state.is_cancelled()
             if pausing and (state.name == RESTS or left):
                 state = running.paused(state.message or "")  # it came to rest, or its process ends, before that
@@ -119,15 +115,34 @@ class RunClient(Client):
                 # Nobody wants it cancelled: its process ends, and another one goes on with it.
                 state = AwaitingRetry(scheduled_time=min(datetime.now(UTC), now.timestamp), message=TAKEN_UP)
         result: OrchestrationResult[Any] = await super().set_flow_run_state(run_id, state, force)
+        if result.status is SetStateStatus.WAIT:  # put off just before it began: its engine would sleep until then
+            return _refused(await self._state_of(run_id))
         if begun is not None and begun.id == run_id:
             self._begun = _running(begun, result)
         return result
+
+    async def _state_of(self, run_id: UUID) -> State[Any] | None:
+        """Return a run's state at the server.
+
+        Raises:
+            Abort: the run has been deleted.
+        """
+        try:
+            return (await self.read_flow_run(run_id)).state
+        except ObjectNotFound as exc:
+            raise Abort(f"run {run_id} has been deleted") from exc
 
     async def update_flow_run(self, flow_run_id: UUID, *args: Any, **kwargs: Any) -> httpx.Response:
         """Update a run, without retries and version, which its engine sends each time and our flows don't have."""
         if not args and set(kwargs) == {"flow_version", "empirical_policy"}:
             return httpx.Response(204)
         return await super().update_flow_run(flow_run_id, *args, **kwargs)
+
+
+def _refused(now: State[Any] | None) -> OrchestrationResult[Any]:
+    """Return what keeps a run in the state that somebody else has given it."""
+    why = StateRejectDetails(reason=f"somebody has set it {now.name if now else 'anew'} meanwhile")
+    return OrchestrationResult(state=now, status=SetStateStatus.REJECT, details=why)
 
 
 @functools.cache

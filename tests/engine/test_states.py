@@ -20,7 +20,8 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
-from prefect.states import AwaitingRetry, Cancelled, Cancelling, Pending, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Pending, Running, Scheduled
+from prefect.utilities.engine import propose_state
 
 from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
@@ -347,6 +348,27 @@ def test_a_run_that_is_to_pause_is_paused_where_its_process_ends_before_it_has(
             return (await client.read_flow_run(made.id)).state_name
 
     assert [asyncio.run(ends(name)) for name in (running.PAUSING, "Running")] == [running.PAUSED, "AwaitingRetry"]
+
+
+@pytest.mark.parametrize("state", [Scheduled, AwaitingRetry])
+def test_a_run_that_is_put_off_just_before_it_begins_is_left_alone(
+    up: Talaria, here: None, monkeypatch: pytest.MonkeyPatch, state: Callable[..., State[Any]]
+) -> None:
+    """Prefect's engine would sleep until then, in a place of the worker's, and hear nothing of a stop."""
+    watched = threading.Event()
+    watched.set()
+    monkeypatch.setattr(running, "WATCHED", watched)  # as by a worker, which hears what others set
+
+    async def begins() -> tuple[State[Any], FlowRun]:
+        async with lanes.client(lanes.RunClient) as client:
+            made = await client.create_flow_run(dispatch, parameters={"paths": [], "targets": []}, state=Pending())
+            put_off = state(scheduled_time=datetime.now(UTC) + timedelta(hours=5))
+            await PrefectClient.set_flow_run_state(client, made.id, put_off, force=True)
+            begun = propose_state(client, Running(), flow_run_id=made.id)
+            return await asyncio.wait_for(begun, 60), await client.read_flow_run(made.id)
+
+    answer, flow_run = asyncio.run(begins())
+    assert answer.is_scheduled() and flow_run.state is not None and flow_run.state.id == answer.id
 
 
 def test_a_run_that_a_process_takes_while_it_is_cancelled_or_paused_is_told_so(up: Talaria, here: None) -> None:
