@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
+from transfer.errors import SourceAway
+
 LOOK_S = 2.0  # for a file system to answer
 ANSWER_S = 30.0  # for the server of a share whose disks may have to spin up
 AGAIN_S = 0.5  # between two looks whether one that is slow has answered
@@ -65,9 +67,14 @@ async def mute(paths: Iterable[str], seconds: float) -> list[str]:
         await asyncio.sleep(AGAIN_S)
 
 
-def words(path: str) -> str:
-    """Return what to say of a path whose file system has not answered."""
-    return f"{path}: its file system does not answer: is the server of its share away?"
+async def check(paths: Iterable[str], seconds: float) -> None:
+    """Check that the file systems of some paths answer, as by `mute`.
+
+    Raises:
+        SourceAway: one does not.
+    """
+    for path in await mute(paths, seconds):
+        raise SourceAway(f"{path}: its file system does not answer: is the server of its share away?")
 
 
 def _own_place(path: str) -> str:

@@ -20,7 +20,7 @@ from tasks.dispatch.hours import check_hours
 from tasks.dispatch.report import document as whole
 from tasks.targets import check_destination, check_origin, load
 from transfer import live, silent
-from transfer.errors import DispatchError, SourceAway
+from transfer.errors import DispatchError
 from transfer.globs import patterns
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan, look, scan
@@ -97,8 +97,7 @@ async def _answer(paths: list[str]) -> None:
     Raises:
         SourceAway: one does not.
     """
-    if mute := await silent.mute(paths, ANSWER_S):
-        raise SourceAway(silent.words(mute[0]))
+    await silent.check(paths, ANSWER_S)
 
 
 def _look(paths: list[str], each: str, exclude: tuple[str, ...]) -> None:

@@ -128,13 +128,11 @@ class Dispatch:
             return
         within = await asyncio.to_thread(folders_of, paths) if each == Each.UNIT else []
         try:
-            mute = await self._stoppable(silent.mute((*paths, *within), silent.ANSWER_S), idle=lambda: True)
+            await self._stoppable(silent.check((*paths, *within), silent.ANSWER_S), idle=lambda: True)
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
                 raise
             raise await self._stopped_early("waited") from exc
-        if mute:
-            raise SourceAway(silent.words(mute[0]))
 
     async def stage(
         self, paths: list[str], exclude: str, origin: Origin, copy_first: bool = False, each: str = ""

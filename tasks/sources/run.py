@@ -41,7 +41,7 @@ from tasks.sources.saved import KEPT
 from tasks.sources.sweep import Sweep, Swept
 from tasks.targets import TARGETS
 from transfer import live, silent, unitlist
-from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound, SourceAway
+from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
 from transfer.shared import AT, of_queue
@@ -177,8 +177,7 @@ async def _answers(source: Source) -> None:
     Raises:
         SourceAway: one does not.
     """
-    if mute := await silent.mute(checks.places_of(source), silent.ANSWER_S):
-        raise SourceAway(silent.words(mute[0]))
+    await silent.check(checks.places_of(source), silent.ANSWER_S)
 
 
 async def _while(wish: _Wish, work: Awaitable[R]) -> R:
