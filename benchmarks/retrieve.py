@@ -233,14 +233,14 @@ def compare(name: str, rounds: int, root: Path) -> None:
         get = partial(dcmtk, "getscu", port, "ANY-SCP", STUDY, "-od", str(folder))
         move = partial(dcmtk, "movescu", port, "ANY-SCP", STUDY)
         bare = partial(run, [sys.executable, "-m", "benchmarks.bare", str(folder), str(count), str(size)])
-        kept = partial(run, [*bare.args[0], "--kept"])
+        bare_kept = partial(run, [*bare.args[0], "--kept"])
         scp = {"TALARIA_SCP_PORT": str(scp_port), "TALARIA_SCP_HOST": "127.0.0.1"}
         by_get = {
             "talaria, C-GET": partial(ours, "retrieve", port, folder, "ANY-SCP", 2, STUDY),
             "getscu": partial(program, get(), None, folder, count),
             "getscu +B": partial(program, get("+B"), None, folder, count),
             "a bare loop": bare,
-            "a bare loop, files kept": kept,
+            "a bare loop, files kept": bare_kept,
         }
         show(in_turn(by_get, rounds, clear), count * size, ("getscu", "getscu +B"))
         by_move = {
@@ -248,7 +248,7 @@ def compare(name: str, rounds: int, root: Path) -> None:
             "movescu to storescp": partial(program, move("-aem", "PLAIN"), plain_server, folder, count),
             "movescu to storescp +B": partial(program, move("-aem", "KEPT"), kept_server, folder, count),
             "a bare loop": bare,
-            "a bare loop, files kept": kept,
+            "a bare loop, files kept": bare_kept,
         }
         show(in_turn(by_move, rounds, clear), count * size, ("movescu to storescp", "movescu to storescp +B"))
 

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from imaging.header import Header
@@ -206,6 +206,11 @@ class Pull:
     def _count(self, series: str) -> None:
         with self._lock:
             self._counts[series] += 1
+
+    @cached_property
+    def _durable(self) -> bool:
+        """Whether C-MOVE is answered when an instance is on disk: in memory there is nothing to answer later for."""
+        return way_of(self.folder) is not VolatileFile
 
     @contextmanager
     def _depot(self, one: PulledSeries, *, durable: bool) -> Iterator[Depot]:
@@ -455,8 +460,7 @@ class Pull:
         whose, hosts = frozenset((self.peer.calling, self.peer.called)), addresses(self.peer.host, self.peer.port)
         at = self._destination.aet
         instances = frozenset(one.images) if one.images and one.all_listed else None
-        durable = way_of(self.folder) is not VolatileFile  # in memory there is nothing to answer later for
-        with self._depot(one, durable=durable) as depot:
+        with self._depot(one, durable=self._durable) as depot:
             depot.throttle, depot.moved = self._throttle, self.report.moved
             begun = depot.heard
             for keys in self._requests(one, retriever):
