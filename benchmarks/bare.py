@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measure import section
+from protocols.files.durable import way_of
 
 BUFFER = 1 << 18  # bytes, as the product's
 
@@ -47,8 +48,6 @@ def receive(sock: socket.socket, folder: Path, count: int, size: int) -> None:
 
 def receive_kept(sock: socket.socket, folder: Path, count: int, size: int) -> None:
     """As `receive`, into files that are kept as the product does."""
-    from protocols.files.durable import way_of
-
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     buffer = memoryview(bytearray(BUFFER))
     way = way_of(folder)
