@@ -38,7 +38,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from talaria import logs
 from talaria.audit.forward import forwarding
-from talaria.engine import called, cancelled, hosts, lanes, logged, slots, stray
+from talaria.engine import ahead, called, cancelled, hosts, lanes, logged, slots, stray
 from talaria.engine.aside import Aside
 from talaria.engine.bound import Bound
 from talaria.engine.due import MOST, Due, come, is_check
@@ -477,15 +477,17 @@ async def work(pool: str, limit: int) -> None:
                 loop.add_signal_handler(number, asked_to_stop)
             serving = asyncio.create_task(worker.serve())
             sweeping = asyncio.create_task(keep_sweeping(client, home, ledger))
+            loading = asyncio.create_task(ahead.load_ahead(client, lambda: bool(worker.active)))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
             sweeping.cancel()
+            loading.cancel()
             try:
                 if serving.done():
                     serving.result()
                 await worker.idle()
             finally:
-                tasks = (serving, stopping, sweeping)
+                tasks = (serving, stopping, sweeping, loading)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
