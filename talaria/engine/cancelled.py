@@ -2,9 +2,9 @@
 
 A run that is cancelled while a worker executes it says so itself. Of one that waits, in a queue or at rest, the server
 sets the state and nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear. So
-it is with one that somebody sets to Failed, or Prefect does, whose pages suspend for a time only.
-What waits of a retrieval is cancelled with it. So it is with a run whose process died while it was being cancelled, and
-with one that is given up, as too many workers died with it.
+it is with one that somebody sets to any other state that is an end, or Prefect to Failed, whose pages suspend for a time
+only. What waits of a retrieval is cancelled with it. So it is with a run whose process died while it was being
+cancelled, and with one that is given up, as too many workers died with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
@@ -40,19 +40,18 @@ from transfer.deliveries import WHOLE
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.receipt import State
+from transfer.receipt import State as Stands
 
 AT_FIRST = timedelta(days=1)  # how far back a worker that begins looks
 ON = timedelta(minutes=15)  # and afterwards, each EACH_S, for events that were lost
 EACH_S = 300.0
-STOPPED = (StateType.CANCELLED, StateType.CANCELLING, StateType.FAILED)
-ENDED = [StateType.CANCELLED, StateType.FAILED]
-BY_HAND = "it was set to Failed while it waited"
+STOPPED = (*TERMINAL_STATES, StateType.CANCELLING)
+ENDED = [StateType.CANCELLED, StateType.FAILED]  # those that are looked back for: of the others, most ran to their end
 WAITED = (StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED)
 
 
 async def was_cancelled(client: PrefectClient, ledger: Ledger, run_id: UUID) -> None:
-    """Say that a run has ended, if it is a dispatch that was cancelled, or set to Failed, while it waited."""
+    """Say that a run has ended, if that was made of it while it waited."""
     try:
         flow_run = await client.read_flow_run(run_id)
     except ObjectNotFound:
@@ -87,30 +86,40 @@ class LookingBack:
 
 async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> None:
     state, run_id, asked = flow_run.state, str(flow_run.id), flow_run.parameters
-    if state is None or state.type not in ENDED:
+    if state is None or not state.is_final():
         return
-    why = "" if state.type is StateType.CANCELLED else f"{BY_HAND}: {state.message}" if state.message else BY_HAND
-    if _is_retrieval(asked) and not why:
-        await end_waiting(client, Home.current(), run_id)
-        if await _waited(client, flow_run):
-            await end_at_rest(client, Home.current(), flow_run)
+    why = _why(state)
+    if _is_retrieval(asked):
+        waited = await _waited(client, flow_run)
+        if waited or state.is_cancelled():
+            await end_waiting(client, Home.current(), run_id)
+        if waited:
+            await end_at_rest(client, Home.current(), flow_run, why)
         return
     if not (asked.get("targets") and asked.get("paths")):
         return
     mark = str(state.id)
     if ledger.happenings.standing(f"cancelled/{run_id}") == mark or ledger.runs.owner_of(run_id) is not None:
         return
-    if why and not await asyncio.to_thread(_waits, ledger, run_id):
+    if not state.is_cancelled() and not await asyncio.to_thread(_waits, ledger, run_id):
         return
     if await _waited(client, flow_run):
         await _say(client, ledger, flow_run, mark, why)
         await asyncio.to_thread(rest.forget, ledger, run_id)  # whoever retries it begins anew
 
 
+def _why(state: State[Any]) -> str:
+    """Return why a run has failed that was given a state while it waited; "" if that says only that it is over."""
+    if not (state.is_failed() or state.is_crashed()):
+        return ""
+    by_hand = f"it was set to {state.name} while it waited"
+    return f"{by_hand}: {state.message}" if state.message else by_hand
+
+
 def _waits(ledger: Ledger, run_id: str) -> bool:
     """Return True unless a run has said how it ended: most of those that fail do so by themselves."""
     whole = ledger.deliveries.of([run_id]).get(run_id, {}).get(WHOLE)
-    return whole is None or whole.state == State.WAITING
+    return whole is None or whole.state == Stands.WAITING
 
 
 def _is_retrieval(asked: dict[str, Any]) -> bool:
@@ -118,7 +127,7 @@ def _is_retrieval(asked: dict[str, Any]) -> bool:
 
 
 async def _waited(client: PrefectClient, flow_run: FlowRun) -> bool:
-    """Return True if nobody executed a run when it was cancelled, or set to Failed."""
+    """Return True if nobody executed a run when that was made of it which it is now."""
     states = sorted(await client.read_flow_run_states(flow_run.id), key=lambda one: one.timestamp)
     before = [one.type for one in states if one.type not in STOPPED]
     return bool(before) and before[-1] in WAITED

@@ -68,6 +68,7 @@ HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 BUSY_S = 0.1  # between two looks while something is under way: what comes meanwhile is found at once
 READY_LANES = 2
+OVER = ("COMPLETED", "FAILED", "CRASHED")  # which a run that is executed comes to by itself
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
 logger = logging.getLogger("prefect.worker")
 
@@ -342,7 +343,7 @@ class Worker:
             self._do(stray.pause(self.client, self.ledger, self.alive, change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
             self._do(self._look_after(change))
-        elif change.type == "CANCELLED" or (change.type == "FAILED" and change.before in ("SCHEDULED", "PAUSED")):
+        elif change.type == "CANCELLED" or (change.type in OVER and change.before in ("SCHEDULED", "PAUSED")):
             self._do(cancelled.was_cancelled(self.client, self.ledger, change.run_id))
 
     def _do(self, work: Any) -> None:

@@ -17,7 +17,8 @@ from talaria.engine import cancelled
 from talaria.testing import studies
 from tasks.dispatch.ends import UNKNOWN
 from tasks.retrieve import ending
-from tests.engine.material import folder, go_on, later
+from tests.engine.material import folder, go_on, later, source, study
+from tests.servers.qr import archive
 from tests.servers.up import Talaria
 from transfer.deliveries import WHOLE
 from transfer.errors import NotFound
@@ -122,6 +123,30 @@ def test_one_that_is_set_to_failed_while_it_waits_has_failed(up: Talaria, tmp_pa
     assert "never resumed" in stand[runs[0]]["by-hand"].words
 
 
+def test_a_retrieval_whose_end_is_set_while_it_waits_ends_with_its_dispatches(up: Talaria, tmp_path: Path) -> None:
+    """Its result stayed one that waits, and its dispatches in their line for ever."""
+    names = {"FAILED": "failed", "CRASHED": "failed", "COMPLETED": "cancelled"}
+    with archive([one for name in names for one in study(name, series=1, each=1)]) as peer:
+        up.apply(ended_src=source(peer), ended_shut=folder(tmp_path / "shut", window=later(3)))
+        runs = {
+            name: up.told("retrieve", "ended-src", "--accession", name, "--to", "ended-shut", "--no-wait")["flow_run_id"]
+            for name in names
+        }
+        up.until(lambda: all(up.run(run)["state_name"] == "AwaitingRetry" for run in runs.values()))
+    parts = {
+        name: up.api("POST", "/flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [run]}})[0]["id"]
+        for name, run in runs.items()
+    }
+    assert {up.run(one)["state_name"] for one in parts.values()} == {"AwaitingRetry"}
+    for name, run in runs.items():
+        up.api("POST", f"/flow_runs/{run}/set_state", state={"type": name, "message": "by hand"}, force=True)
+    up.until(lambda: {up.run(one)["state_type"] for one in parts.values()} == {"CANCELLED"})
+    up.until(lambda: {name: up.told("jobs", "show", run)["state"] for name, run in runs.items()} == names)
+    assert {name: up.run(run)["state_type"] for name, run in runs.items()} == {name: name for name in names}
+    said = up.told("jobs", "show", runs["CRASHED"])["error"]
+    assert "it was set to Crashed while it waited: by hand" in said
+
+
 def test_one_that_is_paused_is_counted_and_one_that_runs_not_twice(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 40)
     slow = {"bandwidth_limit": 2000, "concurrency": 1}
@@ -156,7 +181,8 @@ class Server:
         if flow_run_filter.parent_flow_run_id:  # nothing waits of a retrieval
             return []
         self.asked += 1
-        return [run for run, _ in self.runs.values()][offset : offset + limit]
+        types = flow_run_filter.state.type.any_
+        return [run for run, _ in self.runs.values() if run.state and run.state.type in types][offset : offset + limit]
 
     async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
         return self.runs[run_id][1]
