@@ -129,9 +129,26 @@ def running(home: Home) -> Address | None:
 def healthy(url: str) -> bool:
     """Return True if a Prefect API answers."""
     try:
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+        return answers(url)
+    except ServerError:
+        return False
+
+
+def answers(url: str) -> bool:
+    """Return True if a Prefect API answers; False if nobody does, or a proxy for one that is away.
+
+    Raises:
+        ServerError: something else answers there.
+    """
+    try:
+        code = httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code
+    except httpx.InvalidURL as exc:
+        raise ServerError(f"PREFECT_API_URL={url}: {exc}") from exc
     except httpx.HTTPError:
         return False
+    if code != 200 and code < 500:
+        raise ServerError(f"what answers at PREFECT_API_URL={url} is no Prefect API ({code}): it ends with /api")
+    return code == 200
 
 
 def ready(url: str) -> bool:

@@ -20,11 +20,12 @@ from talaria.console import say
 from talaria.entrance import entrance
 from talaria.errors import ServerError, prefect_away
 from talaria.imports import staying
-from talaria.server import FrontServer, child, healthy, serving, stop_child, use
+from talaria.server import FrontServer, answers, child, serving, stop_child, use
 from talaria.settings import POOL, Settings, client_environment, misspelt
 from transfer import roots
 from transfer.audit import Event, record
 from transfer.database import LOST
+from transfer.errors import LedgerAway
 from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
@@ -36,11 +37,11 @@ WORKER = "from talaria.imports import staying\nwith staying(): from talaria.engi
 def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, auth: bool) -> None:
     """Serve until SIGINT or SIGTERM: the first drains (running dispatches are finished), the second stops at once.
 
-    With PREFECT_API_URL set, the front door and the workers serve that server, and none is embedded. A socket of
-    systemd's takes the place of host and port.
+    With PREFECT_API_URL set, the front door and the workers serve that server, and none is embedded; where it is away,
+    as when both machines are started, it is waited for. A socket of systemd's takes the place of host and port.
 
     Raises:
-        ServerError: the server can't be started or reached.
+        ServerError: the server can't be started, or there is another one where it should be.
         ValueError: an open address was asked for without what must be set for it.
     """
     console.as_json = settings.log_json
@@ -50,8 +51,8 @@ def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, au
         host, port = given.getsockname()[:2]
     way = entrance(settings, home, host, port, auth=auth, upstream=url)
     asked = _Asked()
-    if url and not healthy(url):
-        raise ServerError(prefect_away(url))
+    if url:
+        _wait_for(url, asked)
     with serving(home, way, outer=given) as server:
         server.wait(asked.check)
         if not url:
@@ -60,10 +61,25 @@ def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, au
     say("stopped")
 
 
+def _wait_for(url: str, asked: _Asked) -> None:
+    """Wait until the Prefect server elsewhere answers.
+
+    Raises:
+        ServerError: what answers is none, or somebody asks to stop.
+    """
+    away = False
+    while not answers(url):
+        if not away:
+            say(f"{prefect_away(url)}; until then it is waited for")
+        away = True
+        asked.event.wait(CALM_S)
+        asked.check()
+
+
 def _serve(settings: Settings, home: Home, server: FrontServer, workers: int, asked: _Asked) -> None:
     """Work for a server, embedded or not, until somebody asks to stop."""
     embedded = not server.entrance.upstream
-    taken = _prepare(home, alone=embedded)
+    taken = _prepared(server, home, asked, alone=embedded)
     crew = _Crew(server, home, settings.limit, workers, alone=embedded and workers == 1)
     ear = _Ear(home)
     try:
@@ -251,19 +267,48 @@ def _serve_again(server: FrontServer, asked: _Asked) -> None:
         asked.event.wait(CALM_S)
 
 
-def _prepare(home: Home, *, alone: bool) -> list[str]:
-    """Register what the server must know, and take up what a crash left; return the runs taken up."""
+def _prepared(server: FrontServer, home: Home, asked: _Asked, *, alone: bool) -> list[str]:
+    """Register what the server must know, and take up what a crash left, as soon as server and ledger answer.
+
+    Returns:
+        The ids of the runs taken up.
+
+    Raises:
+        ServerError: somebody asks to stop. Others: something is wrong that time does not mend.
+    """
     with staying():
-        from prefect import get_client
+        from tasks.dispatch.patience import is_outage
 
-        from talaria.engine.registry import register
+    said = ""
+    while True:
+        asked.check()
+        if server.process.poll() is not None:
+            _serve_again(server, asked)
+        try:
+            return asyncio.run(
+                _while(lambda: not asked.times and server.process.poll() is None, _prepare(home, alone=alone))
+            )
+        except (httpx.HTTPError, ServerError) as exc:
+            if not (is_outage(exc) or isinstance(exc, ServerError)):
+                raise
+            away = f"the server does not answer ({type(exc).__name__})"
+        except LedgerAway as exc:
+            away = f"the ledger does not answer ({exc})"
+        if away != said and not asked.times:
+            say(f"{away}: it is waited for")
+        said = away
+        asked.event.wait(CALM_S)
 
-    async def prepare() -> list[str]:
-        async with get_client() as client:
-            await register(client)
-        return await _recover(home, alone=alone)
 
-    return asyncio.run(prepare())
+async def _prepare(home: Home, *, alone: bool) -> list[str]:
+    """Register what the server must know, and take up what a crash left; return the runs taken up."""
+    from prefect import get_client
+
+    from talaria.engine.registry import register
+
+    async with get_client() as client:
+        await register(client)
+    return await _recover(home, alone=alone)
 
 
 async def _recover(home: Home, *, alone: bool) -> list[str]:
