@@ -2,8 +2,8 @@
 
 A run that is cancelled while a worker executes it says so itself. Of one that waits, in a queue or at rest, the server
 sets the state and nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear. So
-it is with one that somebody sets to any other state that is an end, or Prefect to Failed, whose pages suspend for a time
-only. What waits of a retrieval is cancelled with it. So it is with a run whose process died while it was being
+it is with one that somebody sets to any other state that is an end, or Prefect to Failed, whose pages suspend for a
+time only. What waits of a retrieval is cancelled with it. So it is with a run whose process died while it was being
 cancelled, and with one that is given up, as too many workers died with it.
 """
 

@@ -128,10 +128,8 @@ def test_a_retrieval_whose_end_is_set_while_it_waits_ends_with_its_dispatches(up
     names = {"FAILED": "failed", "CRASHED": "failed", "COMPLETED": "cancelled"}
     with archive([one for name in names for one in study(name, series=1, each=1)]) as peer:
         up.apply(ended_src=source(peer), ended_shut=folder(tmp_path / "shut", window=later(3)))
-        runs = {
-            name: up.told("retrieve", "ended-src", "--accession", name, "--to", "ended-shut", "--no-wait")["flow_run_id"]
-            for name in names
-        }
+        asked = {name: ("retrieve", "ended-src", "--accession", name, "--to", "ended-shut") for name in names}
+        runs = {name: up.told(*one, "--no-wait")["flow_run_id"] for name, one in asked.items()}
         up.until(lambda: all(up.run(run)["state_name"] == "AwaitingRetry" for run in runs.values()))
     parts = {
         name: up.api("POST", "/flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [run]}})[0]["id"]
