@@ -26,7 +26,7 @@ from talaria.targetfile import action_for, all_values_of, differing, entry, made
 from tasks.dispatch import breaker
 from tasks.documents import Broken
 from tasks.names import pick, split, type_of
-from tasks.sources import belonging, checks, units
+from tasks.sources import again, belonging, checks, units
 from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
 from transfer import listening, unitlist
@@ -315,11 +315,12 @@ async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, A
 
     def forget(book: Sourcebook) -> int:
         rows = book.units(source.name, UnitState.FAILED, UnitState.HELD).values()
-        chosen = [one.unit for one in rows if unit in ("", one.unit, one.shown)]
+        chosen = [one for one in rows if unit in ("", one.unit, one.shown)]
         if not chosen:
             what = f"no unit {unit}" if unit else "no unit"
             raise NotFound(f"{what} has failed or is held", source.name)
-        return book.forget(source.name, chosen)
+        again.forget(office.home, book, source.name, chosen)
+        return len(chosen)
 
     count = await asyncio.to_thread(_read, office, forget)
     await asyncio.to_thread(_look_now, office, source)

@@ -6,13 +6,16 @@ How often that was is part of its row's fingerprint, so that the next sweeps tak
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from transfer import unitlist
 from transfer.errors import Retryable
+from transfer.home import Home
 from transfer.oserrors import ERRORS
 from transfer.outcome import Kind
 from transfer.receipt import State
+from transfer.sourcebook import Sourcebook, UnitRow, UnitState
 
 MOST = 3  # times: a share that has come back is read then, and a bad sector never
 WORDS = "it is dispatched again by itself, if it is there and can be read then"
@@ -32,6 +35,22 @@ def parted(fingerprint: str) -> tuple[str, int]:
     """Return a unit's own fingerprint, and how often it was dispatched again."""
     mark, _, tries = fingerprint.partition(AGAIN)
     return mark, int(tries or 0)
+
+
+def was_by_force(home: Home, source: str, row: UnitRow | None) -> bool:
+    """Return True if a unit has failed that was to be sent by force, as all of one is for which files came late."""
+    if row is None or row.state is not UnitState.FAILED or not row.batch:
+        return False
+    return bool((unitlist.kept(unitlist.place(home, source, row.batch)) or {}).get("force"))
+
+
+def forget(home: Home, book: Sourcebook, source: str, rows: Iterable[UnitRow]) -> None:
+    """Let the next sweep dispatch units that failed, or are held, as new ones; by force those that were to be so."""
+    rows = list(rows)
+    forced = [one.now(one.state, one.detail, fingerprint="") for one in rows if was_by_force(home, source, one)]
+    kept = {one.unit for one in forced}
+    book.save(source, forced)
+    book.forget(source, [one.unit for one in rows if one.unit not in kept])
 
 
 def may_pass(study: Mapping[str, Any] | None, folder: str) -> bool:

@@ -329,7 +329,7 @@ class Sweep:
                 if unread and abs(now - unread.time) < AGAIN_S:  # of the ledger's clock, which may be ahead of ours
                     self._wait(unread.time + AGAIN_S)
                     continue
-                if unit.ahead and not self._has_stayed(unit, row, now):
+                if unit.ahead and not unread and not self._has_stayed(unit, row, now):
                     if row is None or row.fingerprint != f"{unit.fingerprint}{AHEAD}" or row.time > now:
                         marked = replace(unit, fingerprint=f"{unit.fingerprint}{AHEAD}")
                         held[unit.ahead].append(self._held(marked, row, unit.ahead))
@@ -340,8 +340,9 @@ class Sweep:
                     self._wait(now + OPEN_S)  # the end of their run is seen sooner
                     continue
                 late = row and (row.state in ARRIVED or (row.state is UnitState.HELD and row.run))
-                policy = getattr(source, "late", Late.APPEND) if late else Late.APPEND
-                if unit.problem or policy is Late.HOLD:
+                policy = getattr(source, "late", Late.APPEND)
+                force = policy is Late.RESEND and bool(late or again.was_by_force(self.home, source.name, row))
+                if unit.problem or (late and policy is Late.HOLD):
                     why = unit.problem or LATE
                     coming.discard(unit.key)
                     held[why].append(self._held(unit, row, why))
@@ -353,7 +354,7 @@ class Sweep:
                 if writers.any_is_written(listed.within, (one.path for one in listed.files)):
                     self._wait(now + OPEN_S)
                     continue
-                key = unit.targets, unit.origin, policy is Late.RESEND
+                key = unit.targets, unit.origin, force
                 batch = open_.get(key) or open_.setdefault(key, self._batch(*key))
                 batch.writer.add(listed)
                 made = self._row(unit, UnitState.DISPATCHED, "", batch.mark)

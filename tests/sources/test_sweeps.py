@@ -16,13 +16,14 @@ import pytest
 from protocols.files.tree import Tree
 from talaria.testing import studies as material
 from tasks import DRIVERS
-from tasks.sources import after, writers
+from tasks.sources import after, again, writers
 from tasks.sources.inbox import TAKEN
 from tasks.sources.sweep import LATER
 from tests.sources.bench import Bench
 from transfer import confirmed, unitlist
 from transfer.errors import Denied, Interrupted, Misconfigured, NotFound
 from transfer.ledger import Ledger
+from transfer.sourcebook import UnitState
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,38 @@ def test_files_that_come_late(bench: Bench, late: str, sent: int) -> None:
         ledger.sources.forget("box", ["s"])  # as `talaria source retry` does
     bench.all()
     assert delivered(bench) == 3
+
+
+@pytest.mark.parametrize("how", ["retried", "changed"])
+def test_what_was_to_be_sent_by_force_and_failed_is_sent_by_force(bench: Bench, how: str) -> None:
+    """Only what had come late was: of what its target had lost, nothing."""
+    bench.source = bench.named(late="resend")
+    uids = {"study": material.uid(56), "series": material.uid(56)}
+    material.ct(bench.inbox / "s", 2, **uids)
+    material.ct(bench.inbox / "t", 1)
+    bench.all()
+    for path in bench.at("shelf").rglob("*.dcm"):
+        path.unlink()
+    material.ct(bench.inbox / "s", 1, **uids, first=9)
+    (bench.inbox / "new").mkdir()
+    bench.down = {"shelf"}
+    bench.all()
+    material.ct(bench.inbox / "new", 1)
+    bench.all()
+    assert bench.states() == {"s": "failed", "t": "done", "new": "failed"}
+    bench.down.clear()
+    if how == "retried":
+        with Ledger(bench.home.ledger) as ledger:
+            failed = ledger.sources.units("box", UnitState.FAILED).values()
+            again.forget(bench.home, ledger.sources, "box", failed)
+    else:
+        material.ct(bench.inbox / "s", 1, **uids, first=7)
+        material.ct(bench.inbox / "new", 1, first=7)
+    bench.all()
+    assert bench.states() == {"s": "done", "t": "done", "new": "done"}
+    sent = {path.name for path in bench.at("shelf").rglob("*.dcm")}
+    assert len(list((bench.at("shelf") / uids["study"]).glob("*.dcm"))) == 3 + (how == "changed"), sent
+    assert not bench.sweep().runs
 
 
 @pytest.mark.parametrize("late", ["append", "resend", "hold"])

@@ -285,6 +285,26 @@ def test_what_could_not_be_read_while_it_was_sent_is_sent_again(
     assert bench.states() == {key: "done"} and delivered(bench) == 3 and not list(bench.inbox.rglob("*.dcm"))
 
 
+def test_what_can_not_be_read_is_tried_so_often_also_where_its_times_lie_in_the_future(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for new each time: dispatched, and told, without end."""
+    clock, passed = time.time, [-365 * 86_400.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + passed[0])
+    bench.source = bench.named(unit="folder")
+    material.ct(bench.inbox / "s", 1)
+
+    def opened(self: Plan, item: Any, *flags: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Plan, "descriptor", opened)
+    for _ in range(8):
+        passed[0] += 400
+        bench.all()
+    assert len(bench.done) == 1 + again.MOST and bench.states() == {"s": "failed"}
+    assert told(bench) == 3, "that it lies in the future, that it failed, and that it did for good"
+
+
 def test_a_retry_that_fails_as_well_before_a_unit_goes_again_is_seen_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
