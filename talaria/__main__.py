@@ -15,6 +15,7 @@ import typer
 from talaria.cli import app
 from talaria.cli.output import exit_code_of, wrong_use
 from talaria.cli.streams import flushed, open_streams, speak_utf8
+from talaria.ending import end_soon
 
 # What Typer raises for a wrong command line; it has no public name.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -60,7 +61,9 @@ def main() -> None:
             flushed()
     except KeyboardInterrupt as exc:
         code = exit_code_of(exc)
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    end_soon(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

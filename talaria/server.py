@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -92,13 +92,12 @@ def child(
 
 
 def stop_child(process: subprocess.Popen[bytes], wait_s: float = STOP_S) -> None:
-    """Stop a child: politely, then by force."""
-    process.terminate()
-    try:
-        process.wait(wait_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """Stop a child: politely, then by force; one that the kernel does not let go is left to it."""
+    for ask in (process.terminate, process.kill):
+        ask()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+            return
 
 
 def running(home: Home) -> Address | None:

@@ -52,6 +52,12 @@ class StateChange:
         """Whether somebody has let a paused run go on."""
         return self.before == "PAUSED" and (self.type == "RUNNING" or self.name == RESUMING)
 
+    @property
+    def is_end(self) -> bool:
+        """Whether a run has ended that may not have come to that by itself: it was cancelled, or it waited."""
+        waited = self.before in ("SCHEDULED", "PAUSED")
+        return self.type == "CANCELLED" or (waited and self.type in ("COMPLETED", "FAILED", "CRASHED"))
+
 
 def resuming(ledger: Ledger) -> State[Any]:
     """Return the state that lets a paused run go on."""

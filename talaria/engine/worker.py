@@ -38,6 +38,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from talaria import logs
 from talaria.audit.forward import forwarding
+from talaria.ending import run_to_its_end
 from talaria.engine import ahead, called, cancelled, hosts, lanes, logged, slots, stray
 from talaria.engine.aside import Aside
 from talaria.engine.bound import Bound
@@ -68,7 +69,6 @@ HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 BUSY_S = 0.1  # between two looks while something is under way: what comes meanwhile is found at once
 READY_LANES = 2
-OVER = ("COMPLETED", "FAILED", "CRASHED")  # which a run that is executed comes to by itself
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
 logger = logging.getLogger("prefect.worker")
 
@@ -343,7 +343,7 @@ class Worker:
             self._do(stray.pause(self.client, self.ledger, self.alive, change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
             self._do(self._look_after(change))
-        elif change.type == "CANCELLED" or (change.type in OVER and change.before in ("SCHEDULED", "PAUSED")):
+        elif change.is_end:
             self._do(cancelled.was_cancelled(self.client, self.ledger, change.run_id))
 
     def _do(self, work: Any) -> None:
@@ -473,9 +473,8 @@ async def work(pool: str, limit: int) -> None:
                 worker.draining = True
                 stop.set()
 
-            loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, asked_to_stop)
+                asyncio.get_running_loop().add_signal_handler(number, asked_to_stop)
             serving = asyncio.create_task(worker.serve())
             sweeping = asyncio.create_task(keep_sweeping(client, home, ledger))
             loading = asyncio.create_task(ahead.load_ahead(client, lambda: bool(worker.active)))
@@ -498,4 +497,4 @@ async def work(pool: str, limit: int) -> None:
 def main() -> None:
     """Entry point of a worker process."""
     logs.set_up()
-    asyncio.run(work(POOL, int(os.environ.get("TALARIA_LIMIT", "8"))))
+    run_to_its_end(work(POOL, int(os.environ.get("TALARIA_LIMIT", "8"))))
