@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import unquote, urlsplit
@@ -52,7 +53,7 @@ def problems(
         elsewhere: the sources that belong to other hosts, each with its host.
     """
     known = {one.name: one for one in targets}
-    found = list(_of_targets(source, known))
+    found, folders = list(_of_targets(source, known)), _Folders()
     if isinstance(source, InboxSource):
         found += _of_folder(source, mount)
     if isinstance(source, ListSource):
@@ -61,7 +62,7 @@ def problems(
         found += ports.loops(source, sources, known, elsewhere)
     for folder in source.folders:
         real = resolved(folder)
-        if overlap(real, roots.state_folder()):
+        if folders.overlap(real, roots.state_folder()):
             found.append(
                 f"{folder}: lies in Talaria's state directory, or holds it: what others have yet to deliver lies there"
             )
@@ -70,11 +71,11 @@ def problems(
                 found += (
                     f"{folder} and {one} of source {other.name} overlap: each file must have one source"
                     for one in (*other.folders, *_moved_to(other))
-                    if overlap(real, resolved(one))
+                    if folders.overlap(real, resolved(one))
                 )
         for target in known.values():
             place = folder_of(target)
-            if place and overlap(real, resolved(place)):
+            if place and folders.overlap(real, resolved(place)):
                 found.append(
                     f"{folder} and {place} of target {target.name} overlap: what is delivered would come again"
                 )
@@ -86,7 +87,7 @@ def problems(
             for other in sources
             if not (other.name in elsewhere and is_own(one))
             for folder in other.folders
-            if overlap(resolved(one), resolved(folder))
+            if folders.overlap(resolved(one), resolved(folder))
         )
     return list(dict.fromkeys(found))
 
@@ -233,24 +234,56 @@ def is_own(folder: str) -> bool:
     return bool(host_of(folder) and host_of(real)) and kind(Path(real)) in OWN_DISKS
 
 
-def overlap(one: str, other: str) -> bool:
-    """Return True if one of two real paths is the other, or lies in it."""
-    return roots.is_in(one, other) or roots.is_in(other, one)
+class _Folders:
+    """Where folders lie; each is looked at once."""
+
+    def __init__(self) -> None:
+        self._mounts = _mounts()
+        self._known: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
+
+    def overlap(self, one: str, other: str) -> bool:
+        """Return True if one of two real paths is the other, or lies in it; also under another name of a folder.
+
+        It has two where it is mounted twice, and more where a share does not tell large letters from small ones.
+        """
+        if roots.is_in(one, other) or roots.is_in(other, one):
+            return True
+        (disk, inside, way), (other_disk, other_inside, other_way) = self._where(one), self._where(other)
+        if disk == other_disk and (roots.is_in(inside, other_inside) or roots.is_in(other_inside, inside)):
+            return True
+        return bool(way and other_way) and (way[0] in other_way or other_way[0] in way)
+
+    def _where(self, path: str) -> tuple[str, str, list[tuple[int, int]]]:
+        """Return the file system that a path lies on, its path there, and what it and the folders above it are."""
+        if path not in self._known:
+            best, disk, inside = "", "", path
+            for fields, _ in self._mounts:
+                place = _unescaped(fields[4])
+                if roots.is_in(path, place) and len(place) >= len(best):
+                    best, disk, inside = place, fields[2], f"{_unescaped(fields[3])}/{path[len(place) :]}"
+            way = []
+            with suppress(OSError):  # what is not there is in nobody's way
+                way = [(there.st_dev, there.st_ino) for there in map(os.stat, (path, *map(str, Path(path).parents)))]
+            self._known[path] = disk, f"/{os.path.normpath(inside).strip('/')}", way
+        return self._known[path]
+
+
+def _mounts() -> list[tuple[list[str], list[str]]]:
+    """Return the lines of mountinfo (proc_pid_mountinfo(5)): the fields before the dash, and those after it."""
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    return [(before.split(), after.split()) for before, _, after in (line.partition(" - ") for line in lines)]
 
 
 def mounted_at(path: str) -> str:
     """Return the file system that a path lies on, as in `nfs4 server:/export /mnt/share`; "" if that is not known."""
-    try:
-        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return ""
     real, best, found = resolved(path), "", ""
-    for line in lines:  # proc_pid_mountinfo(5)
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
+    for fields, system in _mounts():
         place = _unescaped(fields[4])
         if roots.is_in(real, place) and len(place) >= len(best):  # the last one covers those before it
-            best, found = place, f"{kind[0]} {_unescaped(kind[1])} {place}"
+            best, found = place, f"{system[0]} {_unescaped(system[1])} {place}"
     return found
 
 

@@ -177,6 +177,35 @@ def test_loops(place: Place, way: str) -> None:
     assert any("overlap" in one for one in wrong(place, inbox(place), other))
 
 
+@pytest.mark.parametrize("target", ["again", "again/below"])
+def test_a_folder_that_is_mounted_twice_is_one(place: Place, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """What a target had there was taken for new, delivered to where it lay, and deleted."""
+    for name in ("in/below", "again/below"):
+        Path(place(name)).mkdir(parents=True, exist_ok=True)
+    shelf = FolderTarget(folder=place(target)).named("shelf")
+    assert wrong(place, inbox(place), more=(shelf,)) == []
+    table = Path(place("mountinfo"))
+    table.write_text(
+        f"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 8:1 {place('in')} {place('again')} rw - ext4 /dev/sda1 rw\n"
+    )
+    monkeypatch.setattr(checks, "MOUNTS", table)
+    (loop,) = wrong(place, inbox(place), more=(shelf,))
+    assert loop == f"in and {target} of target shelf overlap: what is delivered would come again"
+
+
+def test_a_folder_whose_name_has_large_and_small_letters_is_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a share of a server that does not tell them apart."""
+    shelf, look = FolderTarget(folder=place("IN/deeper")).named("shelf"), os.stat
+    Path(place("in/deeper")).mkdir()
+    assert wrong(place, inbox(place), more=(shelf,)) == []
+    there = place("IN")
+    monkeypatch.setattr(
+        checks.os, "stat", lambda path, *args, **more: look(str(path).replace(there, place("in")), *args, **more)
+    )
+    (loop,) = wrong(place, inbox(place), more=(shelf,))
+    assert loop == "in and IN/deeper of target shelf overlap: what is delivered would come again"
+
+
 @pytest.mark.parametrize(
     ("there", "system", "shared", "two"),
     [(True, "ext4", "", False), (True, "overlay", "", False), (True, "nfs4", "", True), (True, "", "", True),
