@@ -168,6 +168,7 @@ def _wrong_with(
 ) -> list[str]:
     found = checks.problems(source, everyone, targets, elsewhere=elsewhere)
     found += checks.of_listener(source, everyone, elsewhere=elsewhere)
+    found += checks.of_report(source, everyone, elsewhere)
     if isinstance(source, DicomSource) and source.port in _of_the_front_door():
         found.append(f"port {source.port}: Talaria's own pages and API are served on it: give it another one")
     return [*found, *filter(None, [batches.never_comes(source)])]
@@ -373,6 +374,7 @@ def _tested(
         row, known = ledger.sources.sweep(source.name), ledger.sources.units(source.name)
         wrong = checks.problems(source, sources, targets, row.mount, elsewhere)
         wrong += checks.of_listener(source, sources, office.home, elsewhere)
+        wrong += checks.of_report(source, sources, elsewhere)
         wrong += filter(None, [batches.never_comes(source)])
         try:
             for unit in units.units(source, notes) if not wrong else ():

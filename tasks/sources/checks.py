@@ -112,6 +112,27 @@ def of_listener(
     return list(dict.fromkeys(found))
 
 
+def of_report(
+    source: Source, sources: Iterable[Source], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """Return why a list's report would be another one's, too, if the source is about to be saved.
+
+    One that is saved goes on: its lines are dispatched, and it is just not known which report is the last one.
+    """
+    if not isinstance(source, ListSource):
+        return []
+    real = resolved(source.file)
+    return [
+        f"{source.file} is the list of source {other.name}, too, and each would write over the report of the other:"
+        " copy the list"
+        for other in sources
+        if isinstance(other, ListSource)
+        and other.name != source.name
+        and resolved(other.file) == real
+        and not (other.name in elsewhere and is_own(str(Path(real).parent)))
+    ]
+
+
 def check_removal(home: Home, name: str) -> None:
     """Check that a source has nothing that only it would deliver.
 

@@ -15,6 +15,7 @@ from blocks.dicomweb import DicomWebTarget
 from blocks.folder import FolderTarget
 from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
+from talaria.service.sources import _wrong_with
 from tasks.sources import checks
 
 Place = Callable[[str], str]
@@ -281,3 +282,19 @@ def test_a_list(place: Place) -> None:
     assert wrong(place, listed(query="pacs")) == ["no target named pacs"]
     (words,) = wrong(place, listed(query="shelf", targets=["asked"]))[1:] or [""]
     assert "can't be queried" in words
+
+
+def test_two_lists_on_one_file_have_no_report_each(place: Place) -> None:
+    Path(place("todo.csv")).write_text("/data/a\n")
+    os.symlink(place("in"), place("link"))
+    Path(place("in/todo.csv")).write_text("/data/a\n")
+
+    def listed(name: str, file: str, **fields: Any) -> ListSource:
+        return ListSource(file=place(file), targets=["shelf"], **fields).named(name)
+
+    one, two = listed("one", "in/todo.csv"), listed("two", "link/todo.csv", query="asked")
+    assert checks.of_report(one, [one, listed("two", "todo.csv"), inbox(place)]) == []
+    assert "is the list of source two, too" in checks.of_report(one, [one, two])[0]
+    assert checks.of_report(inbox(place), [one, two]) == []
+    (words,) = _wrong_with(two, [one, two], targets(place), {})
+    assert "copy the list" in words
