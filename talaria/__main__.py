@@ -61,10 +61,17 @@ def main() -> None:
             flushed()
     except KeyboardInterrupt as exc:
         code = exit_code_of(exc)
-    code = code if isinstance(code, int) else 0
-    end_soon(code)
-    sys.exit(code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def command() -> None:
+    """Be the process of a command: end it with the code, whatever hangs in it."""
+    try:
+        main()
+    except SystemExit as exc:
+        end_soon(exc.code if isinstance(exc.code, int) else 0)
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    command()
