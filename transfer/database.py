@@ -40,6 +40,7 @@ KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
 LOST = (DispatchError, OSError, sqlite3.Error)
 NO_ROOM = "the disk of the state directory is full: nothing can be noted there"
 HELD = f"another process has held the ledger's database for more than {BUSY_S} seconds"
+UNUSABLE = "the ledger's file can't be used: is its file system read-only, or a quota used up?"
 LEASE_S = 30.0  # how long a host's runs are its own without a word of it, unless TALARIA_LEASE says otherwise
 
 
@@ -125,7 +126,8 @@ class Sqlite:
 
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged. LedgerFull: there is no room for it.
-        LedgerAway: another process has held it for BUSY_S. Misconfigured: it was made by a newer Talaria.
+        LedgerAway: another process has held it for BUSY_S, or its disk does not let it be used. Misconfigured: it was
+            made by a newer Talaria.
     """
 
     NOW = "((julianday('now') - 2440587.5) * 86400.0)"
@@ -139,7 +141,10 @@ class Sqlite:
         with suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        except sqlite3.OperationalError as exc:
+            raise (_passes(exc) or exc) from exc
         try:
             if not self._db.execute("PRAGMA page_count").fetchone()[0]:  # a new file: what goes can be given back
                 self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
@@ -199,7 +204,7 @@ class Sqlite:
                 self.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # SQLite may have ended it; left open, it would take in all that follows
-                    self._db.execute("ROLLBACK")
+                    self.execute("ROLLBACK")
                 raise
 
     def reading(self) -> Any:
@@ -327,11 +332,19 @@ class Postgresql:
 
 
 def _passes(exc: BaseException) -> LedgerAway | None:
-    """Return what an error of SQLite's is that time mends; None for another one."""
+    """Return what an error of SQLite's is that time, or somebody who looks after the disk, mends; None for another one.
+
+    A quota that is used up counts as an input error there. So does a file system that has just been made read-only for
+    one; where it was before, the file can't be opened, or only be read.
+    """
     code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
         return LedgerFull(NO_ROOM)
-    return LedgerAway(HELD) if code == sqlite3.SQLITE_BUSY else None
+    if code == sqlite3.SQLITE_BUSY:
+        return LedgerAway(HELD)
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        return LedgerAway(f"{UNUSABLE}: {exc}")
+    return None
 
 
 def opened(where: Path | str, tables: Tables, answer_s: float = BUSY_S) -> Database:

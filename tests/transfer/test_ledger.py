@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import resource
 import sqlite3
 import stat
 import subprocess
@@ -92,6 +93,28 @@ def test_a_full_disk_is_said_and_what_follows_is_kept(tmp_path: Path) -> None:
         ledger._db.execute(f"PRAGMA max_page_count={pages + 1000}")
         ledger.record("d2", "pacs", "e", ITEMS[0], DELIVERED)
         assert other.outcomes("d2", "pacs", ITEMS) == {"a/0.dcm": DELIVERED}
+
+
+def test_a_disk_that_can_not_be_written_to_is_waited_for(path: Path, tmp_path: Path) -> None:
+    """As one that the kernel has made read-only for an input error, or a quota: each dispatch failed."""
+    with Ledger(path) as ledger:
+        ledger._db.execute("PRAGMA query_only=1")
+        with pytest.raises(LedgerAway, match="is its file system read-only"), ledger.together():
+            ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        ledger._db.execute("PRAGMA query_only=0")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+            with pytest.raises(LedgerAway, match="disk I/O error"), ledger.together():
+                for number in range(2000):
+                    ledger.record("d", "pacs", "e", Item(f"{number}.dcm", 1, 1), DELIVERED)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        assert ledger.outcomes("d", "pacs", ITEMS) == {"a/0.dcm": DELIVERED}
+    (tmp_path / "ledger").symlink_to(tmp_path / "none" / "ledger")
+    with pytest.raises(LedgerAway, match="unable to open"):
+        Ledger(tmp_path / "ledger")
 
 
 def test_a_file_that_another_program_holds_is_away_for_that_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
