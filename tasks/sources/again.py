@@ -20,10 +20,9 @@ from transfer.sourcebook import Sourcebook, UnitRow, UnitState
 MOST = 3  # times: a share that has come back is read then, and a bad sector never
 WORDS = "it is dispatched again by itself, if it is there and can be read then"
 AGAIN = ":again"  # between a fingerprint and the number of tries
+UNREAD = "can't be read: "  # in the detail of a unit of which something could not be
 # What reading says while a share is away. Not that a file isn't there: a link that leads nowhere stays one.
-_UNREAD = frozenset(
-    f"can't be read: {os.strerror(number)}" for number, kind in ERRORS.items() if issubclass(kind, Retryable)
-)
+_UNREAD = frozenset(f"{UNREAD}{os.strerror(number)}" for number, kind in ERRORS.items() if issubclass(kind, Retryable))
 
 
 def marked(fingerprint: str, tries: int) -> str:
@@ -35,6 +34,24 @@ def parted(fingerprint: str) -> tuple[str, int]:
     """Return a unit's own fingerprint, and how often it was dispatched again."""
     mark, _, tries = fingerprint.partition(AGAIN)
     return mark, int(tries or 0)
+
+
+def is_known(row: UnitRow, fingerprint: str, changed: float, now: float) -> bool:
+    """Return True if a unit is as it was, so that nothing is to be done about it.
+
+    Of one that failed as its files could not be read, an inode that has changed since says that they may be by now:
+    whoever permits others to read a file changes neither its length nor its time.
+
+    Args:
+        changed: when something of it changed last, in seconds since the epoch.
+    """
+    unread = row.state is UnitState.FAILED and UNREAD in row.detail
+    return row.fingerprint == fingerprint and not (unread and row.time < changed <= now)
+
+
+def is_tried(row: UnitRow | None, fingerprint: str) -> bool:
+    """Return True if a unit failed, and is to be dispatched again by itself, as it was."""
+    return row is not None and row.fingerprint != fingerprint and parted(row.fingerprint)[0] == fingerprint
 
 
 def was_by_force(home: Home, source: str, row: UnitRow | None) -> bool:

@@ -322,10 +322,10 @@ class Sweep:
                 if row and row.state is UnitState.DISPATCHED:
                     coming.add(unit.key)
                     continue
-                if row and (row.fingerprint == unit.fingerprint or unit.key in self._open):
+                if row and (unit.key in self._open or again.is_known(row, unit.fingerprint, unit.newest, now)):
                     continue
                 coming.add(unit.key)
-                unread = row if row and again.parted(row.fingerprint)[0] == unit.fingerprint else None
+                unread = row if again.is_tried(row, unit.fingerprint) else None
                 if unread and abs(now - unread.time) < AGAIN_S:  # of the ledger's clock, which may be ahead of ours
                     self._wait(unread.time + AGAIN_S)
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -328,6 +329,39 @@ def test_a_retry_that_fails_as_well_before_a_unit_goes_again_is_seen_once(
     with Ledger(bench.home.ledger) as ledger:
         assert ledger.sources.run_again() == {}
     assert replace(after, time=0.0) == replace(before, time=0.0) and told(bench) == 1
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_what_could_not_be_read_by_its_permissions_goes_when_these_are_changed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """Of a folder's files neither length nor time changes with that, and it waited for somebody's `source retry`."""
+    bench.source = bench.named(unit=unit)
+    material.ct(bench.inbox / "s", 2)
+    file, descriptor, look = bench.inbox / "s" / "CT0001.dcm", Plan.descriptor, inbox._uid
+    file.chmod(0)
+
+    def check(path: str) -> None:
+        if not stat.S_IMODE(os.stat(path).st_mode):  # for root, too
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def opened(self: Plan, item: Any, *flags: int) -> int:
+        check(str(bench.inbox / "s" / item.path.rpartition("/")[2]))
+        return descriptor(self, item, *flags)
+
+    def uid(path: str, source: InboxSource) -> str:
+        check(path)
+        return look(path, source)
+
+    monkeypatch.setattr(Plan, "descriptor", opened)
+    monkeypatch.setattr(inbox, "_uid", uid)
+    bench.all()
+    bench.all()
+    assert len(bench.done) == 1 and told(bench) == 1
+    file.chmod(0o644)
+    bench.all()
+    bench.all()
+    assert len(bench.done) == 2 and set(bench.states().values()) == {"done"} and delivered(bench) == 2
 
 
 def test_a_link_that_leads_nowhere_is_no_share_that_is_away(bench: Bench) -> None:
