@@ -39,6 +39,7 @@ _SAID = {
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 OWN = "Value error, "  # what pydantic puts before the message of a validator
 NO_NUMBER: tuple[()] = ()  # stands for a value that is none
+_HALF = re.compile("[\ud800-\udfff]")
 _PARSING = re.compile(", unable to parse string as an? [a-z]+")
 
 
@@ -61,6 +62,15 @@ def numbers_only(values: Any, fields: Mapping[str, Any]) -> Any:
 def _is_number(annotation: Any) -> bool:
     kinds = {annotation, *get_args(annotation)}
     return bool(kinds & {int, float}) and not kinds & {bool, str}
+
+
+def is_text(value: Any) -> bool:
+    """Return True if all text in a value from JSON can be written as UTF-8: JSON may hold half of a character."""
+    if isinstance(value, str):
+        return not _HALF.search(value)
+    if isinstance(value, dict):
+        return all(is_text(one) for pair in value.items() for one in pair)
+    return not isinstance(value, list) or all(map(is_text, value))
 
 
 def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from talaria.front.lasting import LOOK_S, STILL, STREAMS, gone
 from talaria.front.subscription import Ended
 from talaria.service import Office
 from transfer.home import Home
-from transfer.validation import numbers_only
+from transfer.validation import is_text, numbers_only
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 15.0  # between two signs of life in a stream that has nothing to say: proxies close silent ones
 KEY_CHARS = 200
+NAMES = "paths"  # the field that may hold names that are not UTF-8: what becomes of them is said where they are used
 Event = tuple[str, dict[str, Any]] | tuple[str, dict[str, Any], str]  # its name, its data and perhaps its id
 
 
@@ -79,7 +80,12 @@ class RequestBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _numbers(cls, values: Any) -> Any:
+    def _values(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name != NAMES and not is_text(value):
+                raise ValueError(
+                    f"{name}: holds half of a character (a lone surrogate), as names that are not UTF-8 do"
+                )
         return numbers_only(values, cls.model_fields)
 
 
