@@ -86,7 +86,7 @@ def test(name: Name, as_json: Json = False) -> None:
     if as_json:
         print_json(document)
     else:
-        for one in document["problems"]:
+        for one in (*document["problems"], *(f"held: {one}" for one in document.get("held", ()))):
             print(f"{name}: {one}")
         found = ", ".join(f"{count} {what}" for what, count in document["units"].items())
         print(f"{name}: {'ok' if document['ok'] else 'not ok'}: {found}")

@@ -366,6 +366,7 @@ def _tested(
 ) -> dict[str, Any]:
     """Test a source; what one that looks elsewhere than the saved one of its name finds there is not kept."""
     found: Counter[str] = Counter({"ready": 0, "settling": 0, "known": 0, "files": 0})
+    held = list[str]()
     with ExitStack() as stack:
         ledger = notes = stack.enter_context(Ledger(office.home.ledger))
         if isinstance(source, InboxSource) and not _looks_as(source, saved):
@@ -380,14 +381,16 @@ def _tested(
             for unit in units.units(source, notes) if not wrong else ():
                 found["files"] += unit.files
                 before = known.get(unit.key)
-                if before and before.fingerprint == unit.fingerprint:
+                if unit.problem:
+                    held.append(f"{unit.name}: {unit.problem}")
+                elif before and before.fingerprint == unit.fingerprint:
                     found["known"] += 1
                 else:
                     settled = unit.newest + float(getattr(source, "settle_s", 0.0)) <= time.time()
                     found["ready" if unit.complete or settled else "settling"] += 1
         except DispatchError as exc:
             wrong.append(exc.message)
-    return {"name": source.name, "ok": not wrong, "problems": wrong, "units": dict(found)}
+    return {"name": source.name, "ok": not wrong, "problems": wrong, "held": held, "units": dict(found)}
 
 
 def _looks_as(source: InboxSource, saved: Source | None) -> bool:

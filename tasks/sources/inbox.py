@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +34,13 @@ TAKEN = ".talaria-taken-"  # before the name of a file that is just being moved 
 # The keys of loose files that are in no study or series, and are told of; no UID looks like these.
 LOST_AND_FOUND = "lost+found"  # in an inbox that is a whole file system: what a check of it has found, root's alone
 DAMAGED, UNREAD = "damaged files", "files that can't be read"
+BESIDE = "beside the folders"  # the key of studies that whoever put them there waits for in vain
+NOT_LOOKED_AT = (
+    "DICOM files and links beside the folders are not looked at: put each study into a folder of its own, or, of files,"
+    " set unit: study"
+)
+MOST_BESIDE = 100  # files that are looked at for that, by each sweep
+PREAMBLE, MAGIC = 128, b"DICM"  # PS3.10 7.1
 NAMED = 3  # files that are named of those that are told of
 
 
@@ -74,8 +81,9 @@ def real_folder(path: str) -> str:
 def _of_folders(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
     """Yield a unit for each folder directly below one, and one for what is to be told."""
     with os.scandir(folder) as listing:
-        names = sorted(entry.name for entry in listing if entry.is_dir(follow_symlinks=False))
-    unread = _Unread()
+        entries = list(listing)
+    names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    unread, told = _Unread(), set[str]()
     for name in names:
         check()
         if name == LOST_AND_FOUND or is_excluded(name, (*source.globs, *OWN_NAMES)):
@@ -92,7 +100,39 @@ def _of_folders(folder: str, source: InboxSource, ledger: Ledger, check: Callabl
             key = Item(name, 0, 0).shown
             unit = Unit(key, (path,), str(mark), newest, mark.files, source.origin, source.reaches, complete)
             yield in_time(unit, source)
-    yield from _told_of(unread, set(), source, ledger)
+    if beside := _beside(entries, source):
+        told.add(beside.key)
+        yield beside
+    yield from _told_of(unread, told, source, ledger)
+
+
+def _beside(entries: Iterable[os.DirEntry[str]], source: InboxSource) -> Unit | None:
+    """Return what is told of studies that lie beside the folders; once, as long as there are any."""
+    names = (*source.globs, *OWN_NAMES)
+    there = [one for one in entries if not one.is_dir(follow_symlinks=False) and not is_excluded(one.name, names)]
+    found = sorted((one for one in there[:MOST_BESIDE] if _is_study(one)), key=lambda one: one.name)
+    if not found:
+        return None
+    newest = 0.0
+    for one in found:
+        with suppress(OSError):
+            newest = max(newest, one.stat(follow_symlinks=False).st_ctime)
+    unit = _told(BESIDE, [one.name for one in found], Fingerprint(1), NOT_LOOKED_AT, source)
+    return in_time(replace(unit, newest=newest), source)
+
+
+def _is_study(entry: os.DirEntry[str]) -> bool:
+    """Return True for a link to a folder, and for a DICOM file."""
+    try:
+        if entry.is_symlink():
+            return entry.is_dir()
+        fd = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(MAGIC), PREAMBLE) == MAGIC
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
 
 
 def look(
@@ -276,7 +316,7 @@ def _told_of(unread: _Unread, told: set[str], source: InboxSource, ledger: Ledge
         real_folder(source.folder)
         told.add(UNREAD)
         yield unread.unit(source)
-    if well := {DAMAGED, UNREAD} & ledger.sources.units(source.name, UnitState.HELD).keys() - told:
+    if well := {DAMAGED, UNREAD, BESIDE} & ledger.sources.units(source.name, UnitState.HELD).keys() - told:
         ledger.sources.forget(source.name, well)
 
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -166,6 +166,38 @@ def test_damaged_files_are_told_until_they_are_whole(bench: Bench) -> None:
     (bench.inbox / "a.dcm").write_bytes(whole)
     bench.all()
     assert bench.states() == {"1.2": "done"} and delivered(bench) == 1
+
+
+def test_studies_beside_the_folders_of_an_inbox_are_told_once(bench: Bench, tmp_path: Path) -> None:
+    """Who put them there heard nothing, as an inbox takes folders unless it says otherwise."""
+    bench.source = bench.named(unit="folder", exclude="*.skip")
+    material.ct(bench.inbox / "s", 1)
+    for name in ("notes.txt", "a.skip"):
+        (bench.inbox / name).write_text("no study")
+    bench.all()
+    assert bench.states() == {"s": "done"} and told(bench) == 0
+    material.ct(bench.inbox, 5)
+    bench.all()
+    assert bench.states() == {"s": "done", inbox.BESIDE: "held"} and told(bench) == 1
+    row = bench.rows()[inbox.BESIDE]
+    assert row.shown == f"{inbox.BESIDE}: CT0001.dcm, CT0002.dcm, CT0003.dcm and 2 more" and "unit: study" in row.detail
+    material.ct(bench.inbox, 1, first=7)
+    bench.sweep()
+    assert told(bench) == 1, "as long as there are any"
+    with Ledger(bench.home.ledger) as ledger:
+        found = sources._tested(
+            cast(Any, SimpleNamespace(home=bench.home)), bench.source, [], [*bench.targets.values()], bench.source, {}
+        )
+        assert inbox.BESIDE in ledger.sources.units("box")
+    assert found["held"][0].startswith(inbox.BESIDE) and found["units"]["ready"] == 0, found
+    for path in bench.inbox.glob("*.dcm"):
+        path.unlink()
+    bench.sweep()
+    assert bench.states() == {"s": "done"}
+    (tmp_path / "study").mkdir()
+    (bench.inbox / "link").symlink_to(tmp_path / "study")
+    bench.sweep()
+    assert bench.rows()[inbox.BESIDE].shown == f"{inbox.BESIDE}: link" and told(bench) == 2
 
 
 def test_names_that_can_not_be_shown_are_names(bench: Bench) -> None:

@@ -112,6 +112,7 @@ class SourceTestAnswer(ExactAnswer):
     name: str
     ok: bool
     problems: list[str]
+    held: list[str] = Field(description="What of it would not be dispatched, each with the reason.")
     units: dict[str, int] = Field(description="How many are ready, settling, known, and how many files there are.")
 
 
