@@ -37,6 +37,9 @@ class _Nowhere:
     async def going(self, runs: Collection[str]) -> set[str]:
         return set()
 
+    async def resting(self, runs: Collection[str]) -> set[str]:
+        return set()
+
 
 def sweep(folder: Path, unit: str) -> None:
     """Measure one sweep in this process."""

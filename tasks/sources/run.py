@@ -38,7 +38,8 @@ from tasks.happened import happened
 from tasks.sources import belonging, checks
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
-from tasks.sources.sweep import Sweep, Swept
+from tasks.sources.sweep import Sweep
+from tasks.sources.swept import Swept
 from tasks.targets import TARGETS
 from transfer import live, silent, unitlist
 from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound

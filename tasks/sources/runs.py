@@ -75,6 +75,10 @@ class PrefectDispatching:
         found = await self._read(runs)
         return {str(one.id) for one in found if one.state and (one.state.is_completed() or not is_over(one.state))}
 
+    async def resting(self, runs: Collection[str]) -> set[str]:
+        found = await self._read(runs)
+        return {str(one.id) for one in found if one.state and one.state.is_scheduled() and one.run_count}
+
     async def waits(self, runs: Collection[str]) -> Mapping[str, str]:
         now = datetime.now(UTC)
         return {str(one.id): words for one in await self._read(runs) if (words := _waits(one, now))}

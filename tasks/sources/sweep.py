@@ -26,7 +26,8 @@ from tasks import DRIVERS
 from tasks.dispatch.known import is_own_place
 from tasks.happened import happened
 from tasks.names import split
-from tasks.sources import after, again, inbox, units, writers
+from tasks.sources import after, again, beside, inbox, units, writers
+from tasks.sources.swept import Swept
 from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun, failure
 from transfer import unitlist
@@ -54,38 +55,14 @@ LATE = "files came after it was dispatched; `talaria source retry` dispatches it
 
 
 @dataclass
-class Swept:
-    """What a sweep has done.
-
-    Attributes:
-        runs: of the dispatches that it made: how many units each has.
-        waiting: how many units have not settled yet.
-        next: when one of them may be ready, in seconds since the epoch; 0 for none.
-        counts: how many units came into each state.
-    """
-
-    runs: dict[str, int] = field(default_factory=dict)
-    waiting: int = 0
-    next: float = 0.0
-    counts: dict[UnitState, int] = field(default_factory=lambda: defaultdict(int))
-
-    @property
-    def words(self) -> str:
-        """What was done, in a sentence."""
-        said = [f"{sum(self.runs.values())} dispatched"] if self.runs else []
-        said += [f"{count} {state}" for state, count in self.counts.items() if state is not UnitState.DELIVERED]
-        said += [f"{self.waiting} not settled yet"] if self.waiting else []
-        return ", ".join(said) or "nothing new"
-
-
-@dataclass
 class _Batch:
-    """Units that become one dispatch."""
+    """Units that become one dispatch; `older` are the rows of dispatches that some of them are under way by as well."""
 
     mark: str
     writer: unitlist.Writer
     parameters: dict[str, Any]
     rows: list[UnitRow] = field(default_factory=list)
+    older: list[UnitRow] = field(default_factory=list)
 
 
 class Sweep:
@@ -110,6 +87,8 @@ class Sweep:
         self.done = Swept()
         self._put_back = dict[str, FileFacts]()  # what files of the list at hand are now that could not go
         self._open = dict[str, str]()  # units of whose files some are to go with a later sweep, with the reason
+        self._resting = set[str]()  # runs that wait, as for a target that does not answer
+        self._older = set[str]()  # units that an older dispatch is to send as well
 
     async def run(self, *, looks: bool = True) -> Swept:
         """Settle what has ended, then dispatch what is ready, if it is also to look for that.
@@ -118,6 +97,8 @@ class Sweep:
             DispatchError: the source can't be looked through.
         """
         await self.settle()
+        if looks and (runs := self.book.under_way().get(self.source.name, set()) - {""}):
+            self._resting = await self.dispatching.resting(runs)
         for batch in await asyncio.to_thread(self._look) if looks else ():
             self.check()  # the next sweep creates what is left
             await self._create(batch.mark, batch.parameters, len(batch.rows))
@@ -151,8 +132,10 @@ class Sweep:
         for mark in {row.batch for row in by_run.pop("", ())}:
             await self._create_again(mark)
         ended = await self.dispatching.ended(list(by_run)) if by_run else {}
+        rest = beside.without_older(self.book, self.source.name, by_run, ended)
+        self._older = rest.older
         for run, end in ended.items():
-            await asyncio.to_thread(self._settle, by_run[run], end)
+            await asyncio.to_thread(self._settle, rest.newest[run], end)
         if delivered:  # a sweep was killed before it had dealt with their files, or could not
             again = await self.dispatching.ended(list({row.run for row in delivered}))
             left: dict[str, list[UnitRow]] = defaultdict(list)
@@ -213,7 +196,9 @@ class Sweep:
         listed, asked = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
         for row in rows:
             self.check()
-            if row.unit in listed:
+            if row.unit in self._older and not leave:
+                now = self._goes_later(row, beside.WORDS, "")
+            elif row.unit in listed:
                 now = self._finished(row, folder, listed[row.unit], end.study(row.unit) or {}, asked)
             else:  # the list is gone: nobody knows what the files were
                 words = "" if leave else "its files stay: the list of them is gone"
@@ -319,9 +304,12 @@ class Sweep:
             for unit in units.units(source, self.ledger, self.check):
                 seen.add(unit.key)
                 row = known.get(unit.key)
+                older = None
                 if row and row.state is UnitState.DISPATCHED:
                     coming.add(unit.key)
-                    continue
+                    older = beside.older(unit, row, known, self._resting, now, source)
+                    if older is None:
+                        continue
                 if row and (unit.key in self._open or again.is_known(row, unit.fingerprint, unit.newest, now)):
                     continue
                 coming.add(unit.key)
@@ -339,7 +327,7 @@ class Sweep:
                 if coming.intersection(unit.after):
                     self._wait(now + OPEN_S)  # the end of their run is seen sooner
                     continue
-                late = row and (row.state in ARRIVED or (row.state is UnitState.HELD and row.run))
+                late = row and (older or row.state in ARRIVED or (row.state is UnitState.HELD and row.run))
                 policy = getattr(source, "late", Late.APPEND)
                 force = policy is Late.RESEND and bool(late or again.was_by_force(self.home, source.name, row))
                 if unit.problem or (late and policy is Late.HOLD):
@@ -359,6 +347,7 @@ class Sweep:
                 batch.writer.add(listed)
                 made = self._row(unit, UnitState.DISPATCHED, "", batch.mark)
                 batch.rows.append(replace(made, fingerprint=unread.fingerprint) if unread else made)
+                batch.older += [older] if older else []
                 if len(batch.rows) >= FLOOD:
                     whole.append(self._close(open_.pop(key)))
             self.check()  # it may have been left meanwhile, while a share was away
@@ -454,7 +443,7 @@ class Sweep:
                 **{name: batch.parameters[name] for name in ("targets", "priority")},
             }
         unitlist.keep(batch.writer.path, batch.parameters)
-        self.book.save(self.source.name, batch.rows)
+        self.book.save(self.source.name, [*batch.rows, *batch.older])
         return batch
 
     async def _create(self, mark: str, parameters: Mapping[str, Any], count: int) -> None:

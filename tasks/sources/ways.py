@@ -45,6 +45,9 @@ class Dispatching(Protocol):
     async def going(self, runs: Collection[str]) -> set[str]:
         """Return those of some runs that have not failed: somebody has let them run again."""
 
+    async def resting(self, runs: Collection[str]) -> set[str]:
+        """Return those of some runs that have begun, and wait to go on."""
+
     async def waits(self, runs: Collection[str]) -> Mapping[str, str]:
         """Return those of some runs that wait for hours that people have set, each with the words for that."""
 

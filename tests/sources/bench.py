@@ -18,7 +18,8 @@ from tasks import DRIVERS
 from tasks.dispatch.flood import Flood, rows
 from tasks.dispatch.studies import Studies
 from tasks.driver import Driver
-from tasks.sources.sweep import Sweep, Swept
+from tasks.sources.sweep import Sweep
+from tasks.sources.swept import Swept
 from tasks.sources.ways import EndedRun
 from transfer.errors import DispatchError
 from transfer.globs import patterns
@@ -38,6 +39,7 @@ class Bench:
         done: how the others ended.
         down: the names of targets whose pushes fail.
         waiting: what all runs wait for, in words; "" if they don't.
+        resting_runs: those that have begun, and wait to go on.
     """
 
     def __init__(self, folder: Path, *targets: str, **fields: Any) -> None:
@@ -51,6 +53,7 @@ class Bench:
         self.done: dict[str, EndedRun] = {}
         self.down: set[str] = set()
         self.waiting = ""
+        self.resting_runs: set[str] = set()
         self.drivers: dict[str, Driver[Any]] = {}
 
     def named(self, **fields: Any) -> InboxSource:
@@ -80,6 +83,9 @@ class Bench:
 
     async def going(self, runs: Collection[str]) -> set[str]:
         return {run for run in runs if run in self.asked or (run in self.done and self._is_well(self.done[run]))}
+
+    async def resting(self, runs: Collection[str]) -> set[str]:
+        return self.resting_runs & {*runs}
 
     async def waits(self, runs: Collection[str]) -> Mapping[str, str]:
         return {run: self.waiting for run in runs if self.waiting}

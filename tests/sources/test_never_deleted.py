@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from talaria.testing import studies as material
 from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery
+from tasks.sources import beside
 from tests.sources.bench import Bench
 from transfer.ledger import Ledger
 from transfer.plan import scan
@@ -39,6 +40,8 @@ STEPS = st.one_of(
     st.tuples(st.just("settle"), st.booleans()),
     st.tuples(st.just("kill"), st.integers(0, 12)),
     st.tuples(st.just("dispatch"), st.sets(st.sampled_from(TARGETS))),
+    st.tuples(st.just("rest")),
+    st.tuples(st.just("newest")),
     st.tuples(st.just("repoint"), st.sampled_from(TARGETS)),
     st.tuples(st.just("targets"), st.sampled_from([("one",), ("two",), TARGETS])),
     st.tuples(st.just("forget"), UNITS),
@@ -187,6 +190,18 @@ class World:
         self.bench.down = down
         self.bench.dispatch()
 
+    def _rest(self) -> None:
+        """Let all runs rest, as for a target that is dead: what comes late is dispatched beside them."""
+        self.bench.resting_runs = {*self.bench.asked}
+
+    def _newest(self) -> None:
+        """Let the newest run go on, and the older ones rest."""
+        older = dict([*self.bench.asked.items()][:-1])
+        self.bench.asked = dict([*self.bench.asked.items()][-1:])
+        self._dispatch(set())
+        self.bench.asked = older
+        self._rest()
+
     def _repoint(self, name: str) -> None:
         self.number += 1
         place = self.bench.folder / "at" / f"{name}{self.number}"
@@ -243,6 +258,7 @@ def test_nothing_goes_that_is_not_confirmed(
     folder = Path(tempfile.mkdtemp(prefix="talaria-never-"))
     try:
         monkeypatch.setenv("TALARIA_HOME", str(folder / "home"))
+        monkeypatch.setattr(beside, "RESTS_S", 0.0)
         world = World(folder, after, unit)
         for name in ("a.dcm", "b.dcm"):
             world.do(("put", "s0", name))

@@ -18,7 +18,8 @@ from talaria.service import Office, sources
 from talaria.testing import studies
 from tasks.sources.checks import check_removal
 from tasks.sources.dicom import confirmed, orphans
-from tasks.sources.sweep import Sweep, Swept
+from tasks.sources.sweep import Sweep
+from tasks.sources.swept import Swept
 from tasks.sources.units import units
 from tests.protocols.intake import listening
 from tests.protocols.test_dimse_intake import associated, stored

@@ -1,0 +1,57 @@
+"""Units that are dispatched again while a run of theirs rests, as for a target that is dead or has its hours.
+
+What came late would wait with it, and so would the other targets. The older run goes on: its row gets a key of its own
+until it has ended, and what it brings is known to the newer one by the ledger. Until then, files of the unit stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from blocks.inbox import Late
+from blocks.source import Source
+from tasks.sources import again
+from tasks.sources.units import Unit
+from transfer.sourcebook import Sourcebook, UnitRow
+
+RESTS_S = 300.0  # since it was dispatched, after which a unit goes beside a run that rests
+MOST = 10  # runs of one unit: each has all of its files
+END = "\n"  # of a unit's key, before that of a run: no key of a unit has it
+WORDS = "an older dispatch of it has not ended"
+
+
+@dataclass
+class UnderWay:
+    """What is under way: the newest dispatches of units, by run, and the keys of those that an older one is to send."""
+
+    newest: dict[str, list[UnitRow]]
+    older: set[str]
+
+
+def older(
+    unit: Unit, row: UnitRow, known: Mapping[str, UnitRow], resting: Collection[str], now: float, source: Source
+) -> UnitRow | None:
+    """Return the row of a unit's run that rests, with a key of its own, if the unit goes beside it; None if not.
+
+    Args:
+        known: all rows of its source.
+        resting: the runs that wait.
+    """
+    if row.run not in resting or again.parted(row.fingerprint)[0] == unit.fingerprint or unit.ahead or unit.problem:
+        return None
+    if getattr(source, "late", Late.APPEND) is Late.HOLD or not row.time + RESTS_S <= now:
+        return None
+    if sum(one.startswith(unit.key + END) for one in known) >= MOST:
+        return None
+    return replace(row, unit=f"{unit.key}{END}{row.run}")
+
+
+def without_older(
+    book: Sourcebook, source: str, by_run: Mapping[str, list[UnitRow]], ended: Collection[str]
+) -> UnderWay:
+    """Return the rows of runs as they are to be settled, and forget the older ones of runs that have ended."""
+    every = [(run, row) for run, rows in by_run.items() for row in rows]
+    book.forget(source, [row.unit for run, row in every if END in row.unit and run in ended])
+    left = {row.unit.partition(END)[0] for run, row in every if END in row.unit and run not in ended}
+    return UnderWay({run: [row for row in rows if END not in row.unit] for run, rows in by_run.items()}, left)
