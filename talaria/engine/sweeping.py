@@ -38,6 +38,7 @@ TURN_S = 5.0  # between two attempts to be the one that does so
 ENDED_S = 2.0  # between two looks at runs that are under way
 NET_S = 600.0  # after which a watched source is swept whatever was noticed
 BLIND_S = 60.0  # and where not all is noticed
+BLIND = "%s: the system grants no more watches of folders (fs.inotify): it is looked through each %.0f s as well"
 STALE_S = 5.0  # for a folder to say which one it is
 CALM_S = 1.0  # between two sweeps of a source
 AWAY = (*LOST, httpx.HTTPError, PrefectException)  # the server, the ledger or the disk
@@ -150,6 +151,8 @@ class _Sweeping:
                 # To watch a share whose server is away would take until it is back, and no other source were swept.
                 mute = await silent.mute(checks.places_of(source), 0.0)
                 watches = [] if mute else await asyncio.to_thread(self._watches, source, is_here=here)
+                if any(watch.blind for watch in watches):
+                    logger.warning(BLIND, name, BLIND_S)
                 one = _Watched(source, watches, net, old.begun if old else 0.0, is_here=here, is_mute=bool(mute))
                 if old is not None and old.is_mute and mute:
                     one.due, one.run = old.due, old.run

@@ -111,6 +111,27 @@ def test_a_folder_that_was_made_again_is_watched(tmp_path: Path, monkeypatch: py
         assert read() is now
 
 
+def test_an_inbox_that_can_not_be_watched_is_looked_through_each_minute_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def every(client: Any) -> list[Any]:
+        return [box(tmp_path)]
+
+    monkeypatch.setattr("tasks.sources.saved.KEPT.all", every)
+    monkeypatch.setattr("talaria.engine.folderwatch.opened", lambda owner: -1)  # as from the 129th on
+    caplog.set_level("WARNING", "talaria.sources")
+    with Ledger(tmp_path / "ledger") as ledger:
+        sweeping = _Sweeping(cast(Any, Server()), Home(tmp_path), ledger)
+        asyncio.run(sweeping._read_sources())
+        asyncio.run(sweeping._read_sources())
+        watched = sweeping.watched["box"]
+        watched.due = NEVER
+        sweeping._listen(watched)
+    assert watched.due < NEVER
+    (said,) = caplog.messages
+    assert said.startswith("box: the system grants no more watches") and "each 60 s" in said
+
+
 def test_an_inbox_that_is_a_link_is_watched(tmp_path: Path) -> None:
     """It was looked through each minute only. What is a link in it belongs to nobody's study."""
     for name in ("real", "next", "outside"):
