@@ -19,7 +19,7 @@ from typing import Any
 
 from blocks import Source, Target
 from blocks.dicom_source import DicomSource
-from blocks.inbox import Late
+from blocks.inbox import InboxSource, Late
 from blocks.list_source import ListSource
 from blocks.source import After, FileSource
 from tasks import DRIVERS
@@ -46,6 +46,9 @@ LEVELS = list(Level)
 DAY_S = 86_400.0
 KEPT_S = 30 * DAY_S  # for which it is remembered what became of units that are there no more
 OPEN_S = 60.0  # after which a unit is looked at again that somebody writes to; a watch sees sooner that this has ended
+LET_GO_S = (
+    30.0  # for which files are moved or deleted before a watched source is looked through: to a NAS it may take hours
+)
 AGAIN_S = 300.0  # and one whose files a full disk, or a share that is away, kept from going
 ARRIVED = (UnitState.DELIVERED, UnitState.DONE)
 ENDED = (UnitState.DONE, UnitState.FAILED, UnitState.HELD)
@@ -88,6 +91,7 @@ class Sweep:
         self._put_back = dict[str, FileFacts]()  # what files of the list at hand are now that could not go
         self._open = dict[str, str]()  # units of whose files some are to go with a later sweep, with the reason
         self._resting = set[str]()  # runs that wait, as for a target that does not answer
+        self._until = math.inf  # until when files are let go, in monotonic seconds
         self._older = set[str]()  # units that an older dispatch is to send as well
 
     async def run(self, *, looks: bool = True) -> Swept:
@@ -113,6 +117,8 @@ class Sweep:
     async def settle(self) -> None:
         """See what has become of the units that were dispatched, and of the files of those that were delivered."""
         rows = self.book.units(self.source.name, UnitState.DISPATCHED, UnitState.FAILED, UnitState.DELIVERED)
+        if isinstance(self.source, InboxSource) and self.source.watch:  # another one is looked through when it is said
+            self._until = time.monotonic() + LET_GO_S
         by_run: dict[str, list[UnitRow]] = defaultdict(list)
         failed: dict[str, list[UnitRow]] = defaultdict(list)
         delivered = []
@@ -196,6 +202,9 @@ class Sweep:
         listed, asked = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
         for row in rows:
             self.check()
+            if time.monotonic() > self._until and self.done.counts[done]:
+                self.done.next = time.time()  # the next sweep goes on
+                return
             if row.unit in self._older and not leave:
                 now = self._goes_later(row, beside.WORDS, "")
             elif row.unit in listed:

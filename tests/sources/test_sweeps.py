@@ -16,7 +16,7 @@ import pytest
 from protocols.files.tree import Tree
 from talaria.testing import studies as material
 from tasks import DRIVERS
-from tasks.sources import after, again, writers
+from tasks.sources import after, again, sweep, writers
 from tasks.sources.inbox import TAKEN
 from tasks.sources.sweep import LATER
 from tests.sources.bench import Bench
@@ -410,6 +410,29 @@ def test_what_a_full_disk_or_a_share_keeps_from_being_moved_goes_later(
     material.ct(bench.inbox / "s", 1, first=9)
     bench.all()
     assert len(told(bench)) == 1 + (late == "hold")
+
+
+@pytest.mark.parametrize("watch", [True, False])
+def test_what_has_come_does_not_wait_for_what_is_moved(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, watch: bool
+) -> None:
+    """To a NAS it may take an hour. What nothing begins a sweep for is moved by the one that there is."""
+    bench.source = bench.named(
+        after="move", move_to=str(bench.folder / "sent"), watch=watch, **({} if watch else {"cron": "0 2 * * *"})
+    )
+    for number in range(4):
+        material.ct(bench.inbox / f"s{number}", 1)
+    bench.sweep()
+    bench.dispatch()
+    material.ct(bench.inbox / "new", 1)
+    monkeypatch.setattr(sweep, "LET_GO_S", 0.0)
+    done = bench.sweep()
+    assert sum(done.runs.values()) == 1 and len(names(bench.folder / "sent")) == (1 if watch else 4)
+    assert (0 < done.next <= time.time()) is watch
+    for _ in range(3):
+        bench.sweep()
+    assert len(names(bench.folder / "sent")) == 4
+    assert sorted(bench.states().values()) == ["dispatched", *["done"] * 4]
 
 
 def test_that_files_may_not_be_deleted_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
