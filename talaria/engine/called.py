@@ -16,11 +16,13 @@ from prefect.states import AwaitingRetry
 from talaria.engine import hosts
 from talaria.engine.due import come
 from tasks.dispatch import line
+from tasks.dispatch.hours import is_open
 from tasks.dispatch.lately import loaded
 from tasks.replaced import replaced
 from transfer.errors import DispatchError
 from transfer.ledger import Ledger
 
+HOURS_AT_ONCE = 50  # runs that are called by one look as their target has other hours
 MARGIN_S = 0.1  # after that time, for the clocks of two machines
 RESTS = str(AwaitingRetry().name)  # name of the state of a run that rests
 
@@ -51,12 +53,20 @@ async def bring_forward(client: PrefectClient, ledger: Ledger, run_id: UUID, has
 async def look(
     client: PrefectClient, ledger: Ledger, active: Container[UUID], has_begun: Callable[[UUID], bool]
 ) -> None:
-    """Call what waits for a target that is enabled again, and what somebody has called who could not pass it on.
+    """Call what waits for a target that is enabled again, or has other hours, and what somebody has called in vain.
 
     Args:
         active: the runs of this process, which look for that themselves.
     """
-    for name in line.disabled(await asyncio.to_thread(ledger.waits.lines)):
+    lines = await asyncio.to_thread(ledger.waits.lines)
+    for name in line.outside_hours(lines):
+        count = HOURS_AT_ONCE
+        with suppress(DispatchError):
+            (target,) = await loaded(client, [name])
+            count = HOURS_AT_ONCE if is_open(target) else 0
+        if count:
+            await asyncio.to_thread(line.wake, ledger, line.of_hours(name), count)
+    for name in line.disabled(lines):
         count = 1  # of what waits for one that is there no more: it comes, and says so
         with suppress(DispatchError):
             (target,) = await loaded(client, [name])

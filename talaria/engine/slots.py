@@ -65,6 +65,7 @@ class Slots:
         await give_back(self.client, self.ledger, self.alive)
         lines = await asyncio.to_thread(self.ledger.waits.lines)
         others = {line.to_be_enabled(one) for one in line.disabled(lines)}
+        others |= {line.of_hours(one) for one in line.outside_hours(lines)}
         for target in {one for one in lines - others if not breaker.is_queue(one)} | {*self._excess}:
             await self._put_right(target)
 

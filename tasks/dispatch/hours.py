@@ -27,6 +27,11 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
     return max(openings) if openings else None
 
 
+def is_open(target: Target) -> bool:
+    """Return True if a target is within its own hours, whether it is enabled or not."""
+    return not target.window or DispatchWindow.parse(target.window).opens(datetime.now(UTC)) is None
+
+
 def check_hours(target: Target, priority: str) -> None:
     """Raise if what waits for the off-peak hours would wait for a target for ever.
 

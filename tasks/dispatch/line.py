@@ -44,6 +44,16 @@ def to_be_enabled(target: str) -> str:
     return f"{target}!"
 
 
+def of_hours(target: str) -> str:
+    """Return the name of the line in which runs wait for the hours of a target, which somebody may change."""
+    return f"{target}~"
+
+
+def outside_hours(lines: Iterable[str]) -> list[str]:
+    """Return the targets for whose hours somebody waits."""
+    return sorted(one.removesuffix("~") for one in lines if one.endswith("~"))
+
+
 def of_the_same(lock: str) -> str:
     """Return the name of the line in which runs wait for another one that does the same at a target."""
     return f"{lock}="

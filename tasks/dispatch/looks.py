@@ -77,7 +77,10 @@ class Looks:
         """
         left, name, node = self.left(target), target.name, target.at(self.origin)
         what = self.ledger, target, self.in_line, self.priority
-        if opening := waiting.for_its_hours(*what, left, rested=self.rest.kept):
+        opening = waiting.for_its_hours(*what, left, rested=self.rest.kept)
+        if opening or self.rest.kept:
+            waiting.heed_hours(self.ledger, target, self.in_line, opening)
+        if opening:
             self.waits[name] = opening
             return
         heeds = bool(self.rest.document) or line.may_rest()

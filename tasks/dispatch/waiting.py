@@ -17,7 +17,7 @@ from prefect.states import AwaitingRetry
 from blocks.base import Target
 from tasks.dispatch import breaker, line, rest, slots
 from tasks.dispatch.delivery import SentByAnother
-from tasks.dispatch.hours import opens
+from tasks.dispatch.hours import is_open, opens
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.rest import Left, Rest, Wait
 from transfer import deadletters, plan
@@ -75,6 +75,19 @@ def by_itself(target: Target, priority: str) -> Wait | None:
         return None
     what = f"the hours of {target.name}" if target.enabled else f"{target.name} to be enabled"
     return Wait(opening, what, soon=False)
+
+
+def heed_hours(ledger: Ledger, target: Target, run_id: str, opening: Wait | None) -> None:
+    """Let a run be called if the hours that it waits for are changed, or no more if it does not wait for them.
+
+    Args:
+        opening: what it waits for by itself; None for nothing.
+    """
+    queue = line.of_hours(target.name)
+    if opening is None or not line.may_rest() or not target.enabled or is_open(target):
+        ledger.waits.leave(queue, run_id)
+    else:
+        ledger.waits.join(queue, run_id, ledger.now(), opening.until.timestamp())
 
 
 def to_be_enabled(ledger: Ledger, target: Target, run_id: str, priority: str, left: InLine) -> Wait:

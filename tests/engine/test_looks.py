@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,9 +16,10 @@ import pytest
 from blocks.base import NO_ORIGIN, Target
 from blocks.dicom import DicomTarget
 from blocks.folder import FolderTarget
+from talaria.engine import called as engine
 from tasks.dispatch import breaker, line, looks, slots
 from tasks.dispatch.looks import Looks
-from transfer.errors import TimedOut, Unreachable
+from transfer.errors import NotFound, TimedOut, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -180,3 +182,44 @@ def test_a_run_waits_for_a_slot_before_it_reads_its_files(
         return one
 
     assert not asyncio.run(freed()).waits and not called
+
+
+def test_what_waits_for_hours_is_called_when_they_are_changed(
+    tmp_path: Path, ledger: Ledger, called: list[str], well: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rested until the hours that there had been, which may be a week."""
+    opening = datetime.now(UTC) + timedelta(hours=12)
+    closed = well.model_copy(update={"window": f"{opening:%H}:00-{opening:%H}:30"}).named("well")
+    settings = [closed]
+
+    async def loaded(client: Any, names: list[str]) -> list[Target]:
+        assert names == ["well"]
+        if not settings:
+            raise NotFound("no target named well")
+        return settings
+
+    async def unheard(*args: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(engine, "loaded", loaded)
+    monkeypatch.setattr(engine, "waits_elsewhere", unheard)
+
+    def look() -> list[str]:
+        called.clear()
+        asyncio.run(engine.look(cast(Any, None), ledger, (), lambda run: False))
+        return sorted(called)
+
+    runs = [str(uuid4()) for _ in range(3)]
+    first = {run: looked(tmp_path, ledger, run, closed) for run in runs}
+    assert all("the hours of well" in one.waits["well"].what for one in first.values())
+    assert look() == [], "as it is"
+    settings[0] = well
+    assert look() == sorted(runs) and look() == []
+    for run in runs[:2]:
+        assert not looked(tmp_path, ledger, run, well, first[run]).waits
+    assert looked(tmp_path, ledger, runs[2], closed, first[runs[2]]).waits, "somebody has closed it again"
+    settings.clear()
+    assert look() == [runs[2]], "who waits for a target that was removed says so"
+    looked(tmp_path, ledger, runs[2], closed.model_copy(update={"enabled": False}).named("well"), first[runs[2]])
+    assert line.of_hours("well") not in ledger.waits.lines()
+    assert looked(tmp_path, ledger, str(uuid4()), well).waits == {} and not line.outside_hours(ledger.waits.lines())
