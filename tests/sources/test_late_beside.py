@@ -11,6 +11,7 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry, Completed, Paused, Running, Scheduled
 
+from blocks.dicom_source import DicomSource
 from talaria.testing import studies as material
 from tasks.sources import beside
 from tasks.sources.runs import PrefectDispatching
@@ -18,6 +19,7 @@ from tests.sources.bench import Bench
 from transfer import unitlist
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.spool import ReceivedUnit
 
 UIDS = {"study": material.uid(56), "series": material.uid(56)}
 
@@ -81,6 +83,24 @@ def test_it_is_sent_and_nothing_goes_before_both_have_ended(bench: Bench, unit: 
     assert all(end.study(next(iter(bench.states()))) for end in bench.done.values())
     bench.sweep()
     assert not unitlist.batches(bench.home, "box") and not bench.sweep().runs
+
+
+def test_what_was_received_goes_beside_and_is_removed_when_both_have_ended(bench: Bench) -> None:
+    bench.source = DicomSource(targets=["shelf", "tape"], settle_s=0, aet="ROUTER").named("box")
+    folder = bench.home.root / "received" / "box" / ReceivedUnit("CT1", "ROUTER", "10.1.2.3", UIDS["study"]).name
+    material.ct(folder, 2, **UIDS)
+    (old,) = bench.sweep().runs
+    bench.resting_runs = {old}
+    material.ct(folder, 1, first=9, **UIDS)
+    (new,) = bench.sweep().runs
+    bench.resting_runs.clear()
+    run_only(bench, new)
+    bench.sweep()
+    assert len(list(folder.glob("*.dcm"))) == 3
+    bench.dispatch()
+    bench.sweep()
+    assert set(bench.states().values()) == {"done"} and not folder.exists()
+    assert [sent(bench, name) for name in ("shelf", "tape")] == [3, 3] and told(bench) == 0
 
 
 def test_that_both_failed_is_told_once(bench: Bench) -> None:
