@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS sweeps (
   waiting BIGINT NOT NULL, detail TEXT NOT NULL) WITHOUT ROWID;
 """
 PAGE = 2000  # rows that are read at once
+OLDER = "\n"  # ends a unit's key, before a run's, in the row of an older dispatch of it; no key of a unit has it
 
 
 class UnitState(StrEnum):
@@ -115,11 +116,12 @@ class Sourcebook:
             return {row[0]: UnitRow(row[0], row[1], UnitState(row[2]), *row[3:]) for row in rows}
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Return how many units of each source are in each state."""
+        """Return how many units of each source are in each state; each is counted once."""
         found: dict[str, dict[str, int]] = {}
         with self._db.reading():
             for source, state, count in self._db.execute(
-                "SELECT source, state, count(*) FROM units GROUP BY source, state"
+                "SELECT source, state, count(*) FROM units WHERE unit NOT LIKE ? GROUP BY source, state",
+                (f"%{OLDER}%",),
             ):
                 found.setdefault(source, {})[state] = int(count)
         return found

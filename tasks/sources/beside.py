@@ -13,11 +13,10 @@ from blocks.inbox import Late
 from blocks.source import Source
 from tasks.sources import again
 from tasks.sources.units import Unit
-from transfer.sourcebook import Sourcebook, UnitRow
+from transfer.sourcebook import OLDER, Sourcebook, UnitRow
 
 RESTS_S = 300.0  # since it was dispatched, after which a unit goes beside a run that rests
 MOST = 10  # runs of one unit: each has all of its files
-END = "\n"  # of a unit's key, before that of a run: no key of a unit has it
 WORDS = "an older dispatch of it has not ended"
 
 
@@ -42,9 +41,9 @@ def older(
         return None
     if getattr(source, "late", Late.APPEND) is Late.HOLD or not row.time + RESTS_S <= now:
         return None
-    if sum(one.startswith(unit.key + END) for one in known) >= MOST:
+    if sum(one.startswith(unit.key + OLDER) for one in known) >= MOST:
         return None
-    return replace(row, unit=f"{unit.key}{END}{row.run}")
+    return replace(row, unit=f"{unit.key}{OLDER}{row.run}")
 
 
 def without_older(
@@ -52,6 +51,6 @@ def without_older(
 ) -> UnderWay:
     """Return the rows of runs as they are to be settled, and forget the older ones of runs that have ended."""
     every = [(run, row) for run, rows in by_run.items() for row in rows]
-    book.forget(source, [row.unit for run, row in every if END in row.unit and run in ended])
-    left = {row.unit.partition(END)[0] for run, row in every if END in row.unit and run not in ended}
-    return UnderWay({run: [row for row in rows if END not in row.unit] for run, rows in by_run.items()}, left)
+    book.forget(source, [row.unit for run, row in every if OLDER in row.unit and run in ended])
+    left = {row.unit.partition(OLDER)[0] for run, row in every if OLDER in row.unit and run not in ended}
+    return UnderWay({run: [row for row in rows if OLDER not in row.unit] for run, rows in by_run.items()}, left)

@@ -70,6 +70,8 @@ def test_it_is_sent_and_nothing_goes_before_both_have_ended(bench: Bench, unit: 
     (new,) = bench.sweep().runs
     assert new != old and not bench.sweep().runs
     bench.resting_runs.clear()
+    with Ledger(bench.home.ledger) as ledger:
+        assert ledger.sources.counts() == {"box": {"dispatched": 1}}
     assert len(unitlist.batches(bench.home, "box")) == 2, "the older run reads its list when it goes on"
     run_only(bench, new if first == "newer" else old)
     bench.sweep()
