@@ -227,7 +227,8 @@ def test_what_was_changed_in_the_future_is_told(bench: Bench, monkeypatch: pytes
     path.write_bytes(whole[:-10] if unit == "damaged" else whole)
     with monkeypatch.context() as patch:
         for module in ("units", "sweep"):
-            patch.setattr(f"tasks.sources.{module}.time", SimpleNamespace(time=lambda: time.time() - 3600))
+            clock = SimpleNamespace(time=lambda: time.time() - 3600, monotonic=time.monotonic)
+            patch.setattr(f"tasks.sources.{module}.time", clock)
         for _ in range(2):
             assert not bench.sweep().runs
     (row,) = bench.rows().values()
