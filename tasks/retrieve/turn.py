@@ -13,7 +13,7 @@ from tasks.dispatch import line
 from tasks.dispatch.looks import SLOT_S
 from tasks.dispatch.rest import Wait
 from tasks.dispatch.slots import NoSlot, slots
-from tasks.dispatch.waiting import TURN_S, TURNS_S, InLine, by_itself, for_its_hours
+from tasks.dispatch.waiting import TURN_S, TURNS_S, InLine, by_itself, for_its_hours, heed_hours
 from transfer.database import LOST
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -41,15 +41,24 @@ class Turn:
         self._count = slots_of(source) if count is None else count
         self._held: AsyncExitStack | None = None
         self._ends = 0.0
+        self._heeded: bool | None = (
+            None  # whether it stands in the line for the source's hours; None before it has looked
+        )
         self._disabled: Wait | None = None  # as its settings are read once for each part of a run
 
     def hours(self) -> Wait | None:
         """Return why the source must not be asked now, and until when: its hours, or that it is disabled."""
-        if self._disabled or (self.source.enabled and not self.job.since):
-            return self._disabled or by_itself(self.source, self.priority)
-        found = by_itself(self.source, self.priority)
+        found = self._disabled or by_itself(self.source, self.priority)
+        if self._disabled or (found and self._heeded):
+            return found
+        if not found and self.source.enabled and not self.job.since:
+            return None
         with suppress(*LOST), Ledger(self.home.ledger) as ledger:
             found = for_its_hours(ledger, self.source, self.flow_run_id, self.priority, self.job, rested=True)
+            heed_hours(ledger, self.source, self.flow_run_id, found)
+            if found:
+                self.job.since = self.job.since or ledger.now()  # so that its next part leaves the line
+            self._heeded = bool(found)
         self._disabled = None if self.source.enabled else found
         return found
 

@@ -813,6 +813,22 @@ def test_what_waits_for_a_source_that_is_disabled_stands_in_line_and_leaves_it(
         assert not ledger.waits.lines()
 
 
+def test_what_waits_for_the_hours_of_a_source_is_called_when_they_are_changed(
+    concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[str] = []
+    monkeypatch.setattr(line, "_waker", woken.append)  # as where a worker runs it
+    with archive(three()) as peer, Ledger(Home.current().ledger) as ledger:
+        state = concluded(made(peer, source_fields={"window": window(2)}))
+        assert state.name == "AwaitingRetry" and "the hours of " in str(state.message) and not peer.requests
+        [name] = line.outside_hours(ledger.waits.lines())
+        line.wake(ledger, line.of_hours(name))
+        assert woken == [RUN]
+        later = made(peer)
+        assert concluded(later).is_completed() and set(stages(later).values()) == {Stage.DELIVERED}
+        assert not ledger.waits.lines()
+
+
 @pytest.mark.parametrize("keys", ["numbers", "uid"])
 def test_a_pause_while_the_source_is_away_makes_no_failures_and_resume_goes_on(
     keys: str, concluded: Callable[[Retrieval], State[Any]]
