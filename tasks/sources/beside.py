@@ -51,6 +51,7 @@ def without_older(
 ) -> UnderWay:
     """Return the rows of runs as they are to be settled, and forget the older ones of runs that have ended."""
     every = [(run, row) for run, rows in by_run.items() for row in rows]
-    book.forget(source, [row.unit for run, row in every if OLDER in row.unit and run in ended])
+    if gone := [row.unit for run, row in every if OLDER in row.unit and run in ended]:
+        book.forget(source, gone)
     left = {row.unit.partition(OLDER)[0] for run, row in every if OLDER in row.unit and run not in ended}
     return UnderWay({run: [row for row in rows if OLDER not in row.unit] for run, rows in by_run.items()}, left)
