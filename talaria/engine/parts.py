@@ -29,7 +29,7 @@ from flows.dispatch import dispatch
 from talaria.engine import stray
 from talaria.engine.heeding import HEED_S, heed_all, is_stop
 from talaria.engine.stray import LATE_S
-from talaria.engine.watch import StateChange
+from talaria.engine.watch import StateChange, cancelling
 from tasks.dispatch import running
 from tasks.retrieve.dispatches import RESTS, is_held
 from transfer.ledger import Ledger
@@ -91,7 +91,7 @@ class RetrievalParts:
             if one.state is None or str(one.id) in running.parts():
                 continue
             if one.state.is_cancelling():
-                self._do(self._look_after(StateChange(one.id, "CANCELLING", "Cancelling", "")))
+                self._do(self._look_after(cancelling(one.id)))
             elif not is_held(one.state) and not self._is_executed(one.id):
                 self._do(self._found(one.id))
 

@@ -6,14 +6,12 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -33,12 +31,13 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
-from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.engine import hosts, lanes
 from talaria.engine.heeding import heed_all
 from talaria.engine.listed import listed
+from talaria.engine.lost import going_on
 from talaria.engine.recovery import CRASHES, settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
@@ -182,7 +181,7 @@ async def _heed_here() -> None:
     async with lanes.Client() as client:  # not that of the run, which remembers what its engine asks for
         while True:
             await asyncio.sleep(HEED_S)
-            with suppress(httpx.HTTPError, PrefectException):  # the server is away for a moment
+            with going_on("a look at what others make of the runs here failed: it is made again"):
                 await heed_all(client, running.flags())
 
 

@@ -59,6 +59,11 @@ class StateChange:
         return self.type == "CANCELLED" or (waited and self.type in ("COMPLETED", "FAILED", "CRASHED"))
 
 
+def cancelling(run_id: UUID) -> StateChange:
+    """Return the change of a run that was found to be cancelled."""
+    return StateChange(run_id, "CANCELLING", "Cancelling", "")
+
+
 def resuming(ledger: Ledger) -> State[Any]:
     """Return the state that lets a paused run go on."""
     return Scheduled(scheduled_time=come(ledger), name=RESUMING)

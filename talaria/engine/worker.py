@@ -52,7 +52,7 @@ from talaria.engine.setback import SetBack
 from talaria.engine.stray import LATE_S
 from talaria.engine.sweeping import keep_sweeping
 from talaria.engine.table import Flows
-from talaria.engine.watch import StateChange, resuming, watch
+from talaria.engine.watch import StateChange, cancelling, resuming, watch
 from talaria.settings import POOL
 from tasks.dispatch import line, progress, rest, running
 from transfer.errors import LedgerAway
@@ -333,7 +333,7 @@ class Worker:
             if change.name == running.PAUSING:
                 self._pausing.add(change.run_id)
             if is_stop(change.type, change.name):
-                self._do(self._heed_soon(change.run_id))
+                self._do(self._heed_soon(change))
         elif change.type == "SCHEDULED" and not self._aside.knows(change):
             self._alarms = True
             self._check_waits = self._check_waits or change.queue == CHECKS
@@ -342,7 +342,7 @@ class Worker:
         elif change.name == running.PAUSING:
             self._do(stray.pause(self.client, self.ledger, self.alive, change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
-            self._do(self._look_after(change))
+            self._do(stray.look_after(self.client, self.ledger, self.alive, change))
         elif change.is_end:
             self._do(cancelled.was_cancelled(self.client, self.ledger, change.run_id))
 
@@ -363,10 +363,14 @@ class Worker:
             if run_id in self._awaited:
                 self._wake.set()
 
-    async def _heed_soon(self, run_id: UUID) -> None:
+    async def _heed_soon(self, change: StateChange) -> None:
         for seconds in (HEED_S, *LATE_S):
             await asyncio.sleep(seconds)
-            await self._heed([run_id])
+            await self._heed([change.run_id])
+        if change.is_end:  # it may have been taken here, and have ended so before it began
+            if run := self.active.get(change.run_id):
+                await asyncio.wait([run])
+            await cancelled.was_cancelled(self.client, self.ledger, change.run_id)
 
     async def _heed(self, run_ids: list[UUID]) -> None:
         """Stop those of our runs to which somebody has given a state that a running one must not have."""
@@ -376,12 +380,8 @@ class Worker:
         found = await self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[*ours])))
         states = {flow_run.id: flow_run.state for flow_run in found}
         for run_id, task in ours.items():
-            if self.active.get(run_id) is not task:
-                continue  # it has ended meanwhile, and may have begun again: what was read is not its state
-            heed(str(run_id), states.get(run_id))
-
-    async def _look_after(self, change: StateChange) -> None:
-        await stray.look_after(self.client, self.ledger, self.alive, change)
+            if self.active.get(run_id) is task:  # else it has ended, and may have begun anew: that is not its state
+                heed(str(run_id), states.get(run_id))
 
     async def _go_on(self, run_id: UUID) -> None:
         """Start a run again that was resumed before it had come to rest."""
@@ -439,7 +439,7 @@ class Worker:
         found = [flow_run for flow_run in found if flow_run.id not in self.active]
         for flow_run in found:
             if flow_run.state and flow_run.state.is_cancelling():
-                await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
+                await stray.look_after(self.client, self.ledger, self.alive, cancelling(flow_run.id))
         begun = [one for one in found if one.state and (one.state.is_pending() or one.state.is_running())]
         await abandoned(self.client, self.home, self.ledger, begun)
         await self.due.look_through()

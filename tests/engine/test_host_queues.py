@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelling, Running
 
-from talaria.engine import bound, called, hosts
+from talaria.engine import bound, called, hosts, stray
 from talaria.engine.aside import Aside
 from talaria.engine.bound import DEAD_S, Bound
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, taken_over
@@ -348,10 +348,10 @@ def test_a_cancelled_run_is_left_to_the_host_whose_lease_holds(tmp_path: Path) -
         worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, cast(Lease, None), limit=0)
         ledger.runs.enroll("theirs", "another state directory", "there", 60.0)
         ledger.runs.begins(str(run.id), "theirs")
-        asyncio.run(worker._look_after(change))
+        asyncio.run(stray.look_after(worker.client, ledger, worker.alive, change))
         assert server.set == []
         ledger.runs.resign("theirs")
-        asyncio.run(worker._look_after(change))
+        asyncio.run(stray.look_after(worker.client, ledger, worker.alive, change))
         assert [state.type for state in server.set] == [StateType.CANCELLED] and ledger.runs.unfinished() == {}
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import get_client
@@ -25,6 +25,7 @@ from prefect.utilities.engine import propose_state
 
 from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
+from talaria.engine.watch import StateChange
 from talaria.engine.worker import RETRIES, Worker
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
@@ -470,6 +471,60 @@ def test_a_run_that_no_worker_runs_heeds_what_others_make_of_it(up: Talaria, her
         name: {"Cancelling": "Cancelled"}.get(name, name) for name in states
     }
     assert all(alone.asked <= 4 for alone, _, _ in begun.values())
+
+
+def test_a_look_that_goes_wrong_ends_no_heeding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of such a process went to their ends, whatever others made of them."""
+
+    async def looks() -> None:
+        again, wrong = asyncio.Event(), [ValueError("an answer that nobody expects")]
+
+        async def look(*_: Any) -> None:
+            if wrong:
+                raise wrong.pop()
+            again.set()
+
+        monkeypatch.setattr(runs, "heed_all", look)
+        heeding = asyncio.create_task(runs._heed_here())
+        await asyncio.wait([heeding, waits := asyncio.create_task(again.wait())], return_when=asyncio.FIRST_COMPLETED)
+        assert waits.done()
+        heeding.cancel()
+
+    monkeypatch.setattr(runs, "HEED_S", 0)
+    monkeypatch.setattr(lanes, "Client", lambda: mock.AsyncMock())
+    asyncio.run(looks())
+
+
+def test_a_run_that_is_cancelled_when_it_is_taken_and_has_not_begun_is_looked_at_when_it_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody said that it had ended, for five minutes."""
+    run_id, looked = uuid4(), list[UUID]()
+
+    async def was_cancelled(_client: Any, _ledger: Any, of: UUID) -> None:
+        assert of not in worker.active
+        looked.append(of)
+
+    async def taken() -> None:
+        run = asyncio.get_running_loop().create_future()
+        worker.active[run_id] = cast(Any, run)
+        for name in ("Cancelled", "Running"):
+            worker._changed(StateChange(run_id, name.upper(), name, "SCHEDULED"))
+        (look,) = worker._jobs
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert not looked
+        del worker.active[run_id]
+        run.set_result(None)
+        await look
+
+    monkeypatch.setattr("talaria.engine.worker.cancelled.was_cancelled", was_cancelled)
+    for name, value in (("HEED_S", 0), ("LATE_S", ())):
+        monkeypatch.setattr(f"talaria.engine.worker.{name}", value)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        worker = Worker(cast(Any, None), "talaria", Home(tmp_path), ledger, cast(Any, None), limit=0)
+        asyncio.run(taken())
+    assert looked == [run_id]
 
 
 def test_a_run_that_another_process_has_is_waited_for(up: Talaria, here: None, tmp_path: Path) -> None:
