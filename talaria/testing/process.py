@@ -138,7 +138,7 @@ def pause(took_s: float) -> float:
 
     A server that is asked all the time does little else.
     """
-    return min(0.5, max(0.02, 6 * took_s))
+    return min(0.5, max(0.02, 10 * took_s))
 
 
 def open_descriptors() -> Counter[str]:

@@ -29,11 +29,11 @@ UIDS = st.from_regex(r"1\.2\.[1-9][0-9]{0,59}", fullmatch=True)
 
 def pdus(data: bytes) -> list[tuple[int, int, int, bytes]]:
     """Cut a stream into (PDU length, context, control header, fragment)."""
-    found = []
-    while data:
-        kind, length = struct.unpack(">BxI", data[:6])
+    found, begin = [], 0
+    while begin < len(data):
+        kind, length = struct.unpack_from(">BxI", data, begin)
         assert kind == message.P_DATA_TF
-        body, data = data[6 : 6 + length], data[6 + length :]
+        body, begin = data[begin + 6 : begin + 6 + length], begin + 6 + length
         assert len(body) == length, "the stream ends in the middle of a PDU"
         size, context, control = struct.unpack(">IBB", body[:6])
         assert size == length - 4, "one PDV in a PDU"

@@ -43,7 +43,8 @@ class Talaria:
         self.ports = {"TALARIA_SCP_PORT": str(free_port()), "TALARIA_SCP_HOST": "127.0.0.1"}  # of C-MOVE
         self.log = folder / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.more: dict[str, str] = {}  # variables of the environment of all that is started
+        # Variables of the environment of all that is started. Runs of schedules are made once a minute else.
+        self.more = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3"}
 
     @property
     def url(self) -> str:
