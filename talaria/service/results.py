@@ -20,7 +20,7 @@ from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
 from transfer.receipt import Receipt, State
 
-UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
+NOT_OVER = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "PAUSED")
 
 
 def line(flow_run: FlowRun) -> dict[str, Any]:
@@ -89,8 +89,13 @@ def _retrieved(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
     if not folder_of(office.home, str(flow_run.id)).is_dir():
         return None
     job = Job.load(office.home, str(flow_run.id), numbers_of(flow_run.parameters))
-    state = "paused" if flow_run.state_name == running.PAUSED else outcome(flow_run, "delivered")
-    return whole_of(job, str(flow_run.id), flow_run.parameters.get("source", ""), state)
+    return whole_of(job, str(flow_run.id), flow_run.parameters.get("source", ""), _stands(flow_run, "delivered"))
+
+
+def _stands(flow_run: FlowRun, completed: str = "failed") -> str:
+    """Return the state of a retrieval's run as `outcome` does; also that somebody has paused, or suspended, it."""
+    paused = flow_run.state_name == running.PAUSED or bool(flow_run.state and flow_run.state.is_paused())
+    return "paused" if paused else outcome(flow_run, completed)
 
 
 def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:
@@ -101,7 +106,7 @@ def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:
         return {"dispatch_id": runs.dispatch_of(flow_run), **common, "targets": _unread(flow_run)}
     names = ("missing", "partial", "failed", "waiting", "cancelled", "studies", "accessions")
     lists: dict[str, Any] = {name: [] for name in names}
-    more = {"source": flow_run.parameters.get("source", ""), "found": 0, "delivered": 0, "state": outcome(flow_run)}
+    more = {"source": flow_run.parameters.get("source", ""), "found": 0, "delivered": 0, "state": _stands(flow_run)}
     return {**common, **more, **lists}
 
 
@@ -127,5 +132,5 @@ async def _matches(office: Office, flow_run: FlowRun) -> dict[str, Any]:
 
 def outcome(flow_run: FlowRun, completed: str = "failed") -> str:
     """Return a run's state as a result names it."""
-    names = {"CANCELLED": "cancelled", "COMPLETED": completed} | dict.fromkeys(UNDER_WAY, "waiting")
+    names = {"CANCELLED": "cancelled", "COMPLETED": completed} | dict.fromkeys(NOT_OVER, "waiting")
     return names.get(str(flow_run.state.type.value) if flow_run.state else "", "failed")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Suspended
 
-from tasks.retrieve.job import Job, Stage, Study
+from talaria.service import results
+from tasks.retrieve.job import Job, Stage, Study, folder_of
 from tasks.retrieve.report import cancelled, document, part_of, sentence
+from transfer.home import Home
 
 
 def halfway(folder: Path, **fields: object) -> Job:
@@ -22,6 +30,31 @@ def test_what_is_still_to_come_waits(tmp_path: Path) -> None:
     assert [one["state"] for one in result["studies"]] == ["delivered", "waiting", "waiting"]
     assert [one["reason"] for one in result["accessions"]] == ["not searched for yet"]
     assert sentence(result) == "3 studies found, 1 delivered, 3 waiting"
+
+
+@pytest.mark.parametrize(
+    ("asked", "stands"),
+    [({"accessions": "1", "into": "/x"}, "paused"), ({}, "waiting"), ({"paths": ["/x"]}, "waiting")],
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_suspended_on_prefects_pages_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], stands: str, begun: bool
+) -> None:
+    async def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    async def none(*_: Any, **__: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr(results.kept, "read", nothing)
+    monkeypatch.setattr(results.runs, "table_of", none)
+    source = {} if "paths" in asked else {"source": "pacs"}
+    run = FlowRun(flow_id=uuid4(), parameters=source | asked, state=Suspended(timeout_seconds=9))
+    home = Home(tmp_path)
+    if begun and stands == "paused":
+        folder_of(home, str(run.id)).mkdir(parents=True)
+    found = asyncio.run(results.result(cast(Any, SimpleNamespace(home=home, client=None)), run))
+    assert found["state"] == stands
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["while it ran", "while it waited"])
