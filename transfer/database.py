@@ -38,6 +38,7 @@ KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval":
 KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
 # What a ledger raises whose database is away, or whose disk is: nothing that it is asked says that it is wrong.
 LOST = (DispatchError, OSError, sqlite3.Error)
+ROOM_BYTES = 1 << 20  # without which nothing is begun: what the ledger has no room for would have to be sent again
 NO_ROOM = "the disk of the state directory is full: nothing can be noted there"
 HELD = f"another process has held the ledger's database for more than {BUSY_S} seconds"
 UNUSABLE = "the ledger's file can't be used: is its file system read-only, or a quota used up?"
@@ -112,6 +113,9 @@ class Database(Protocol):
             check: called while waiting; may raise to give up.
         """
 
+    def check_room(self) -> None:
+        """Raise LedgerAway if it is a file here for which there is no room, or which can't be written to."""
+
     def time(self) -> float:
         """Return what the database's clock says, in seconds since the epoch."""
 
@@ -126,8 +130,7 @@ class Sqlite:
 
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged. LedgerFull: there is no room for it.
-        LedgerAway: another process has held it for BUSY_S, or its disk does not let it be used. Misconfigured: it was
-            made by a newer Talaria.
+        LedgerAway: it has been held for BUSY_S, or its disk has a fault. Misconfigured: it was made by a newer Talaria.
     """
 
     NOW = "((julianday('now') - 2440587.5) * 86400.0)"
@@ -135,7 +138,8 @@ class Sqlite:
     shared = False
 
     def __init__(self, path: Path, tables: Tables) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = path.parent
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Never opened when it is there: closing a descriptor of it drops the locks of every connection of this
         # process (fcntl(2)), and then another process, when it closes, takes the log away that these still use.
         with suppress(FileExistsError):
@@ -212,6 +216,13 @@ class Sqlite:
 
     def exclusive(self, name: str, check: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def check_room(self) -> None:
+        there = os.statvfs(self._folder)
+        if there.f_flag & os.ST_RDONLY:
+            raise LedgerAway(UNUSABLE)
+        if there.f_blocks and (there.f_bavail if os.geteuid() else there.f_bfree) * there.f_frsize < ROOM_BYTES:
+            raise LedgerFull(NO_ROOM)
 
     def time(self) -> float:
         return time.time()
@@ -319,6 +330,9 @@ class Postgresql:
                 except _lost():
                     held.invalidate()  # it broke meanwhile, and the lock went with it
 
+    def check_room(self) -> None:
+        """Its server has a disk of its own."""
+
     def time(self) -> float:
         # Its own clock goes on by ours, not to be asked for each row.
         return self._ahead + _now()
@@ -332,19 +346,16 @@ class Postgresql:
 
 
 def _passes(exc: BaseException) -> LedgerAway | None:
-    """Return what an error of SQLite's is that time, or somebody who looks after the disk, mends; None for another one.
+    """Return what an error of SQLite's is that time, or who looks after the disk, mends; None for another one.
 
-    A quota that is used up counts as an input error there. So does a file system that has just been made read-only for
-    one; where it was before, the file can't be opened, or only be read.
+    A used-up quota is an input error there, as is a file system that has just been made read-only for one.
     """
     code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
         return LedgerFull(NO_ROOM)
-    if code == sqlite3.SQLITE_BUSY:
-        return LedgerAway(HELD)
-    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-        return LedgerAway(f"{UNUSABLE}: {exc}")
-    return None
+    unusable = code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+    held = LedgerAway(HELD) if code == sqlite3.SQLITE_BUSY else None
+    return LedgerAway(f"{UNUSABLE}: {exc}") if unusable else held
 
 
 def opened(where: Path | str, tables: Tables, answer_s: float = BUSY_S) -> Database:

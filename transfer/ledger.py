@@ -118,6 +118,14 @@ class Ledger:
         """Return the time by the database's clock, in seconds since the epoch."""
         return self._db.time()
 
+    def check_room(self) -> None:
+        """Check that there is room for what is to be noted.
+
+        Raises:
+            LedgerAway: there is none, or nothing can be written there.
+        """
+        self._db.check_room()
+
     def exclusive(self, name: str, check: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock that other hosts share, if they share the ledger; `check`, called while waiting, may raise."""
         return self._db.exclusive(name, check)

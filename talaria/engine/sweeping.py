@@ -216,6 +216,6 @@ class _Sweeping:
                     one.due = one.begun + BLIND_S  # it would fail again, for the same reason
                     return
         one.begun = time.monotonic()
-        one.due = one.begun + NET_S if self._is_watched(one.source) else float("inf")
         # What is not watched is looked through when its schedule says so, and not before.
         one.run = (await batches.start(self.client, name, settles=not self._is_watched(one.source))).id
+        one.due = one.begun + NET_S if self._is_watched(one.source) else float("inf")  # until then it is due still

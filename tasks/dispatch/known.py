@@ -83,7 +83,11 @@ class Known:
 
         Args:
             settled: paths of items that this run has reported.
+
+        Raises:
+            LedgerAway: what is sent now could not be noted.
         """
+        self._ledger.check_room()
         own = self._own()
         known = self._compared(own, settled, self._sum)
         new, old = known.keys() - own.keys(), own.keys() - known.keys()

@@ -18,7 +18,8 @@ from prefect.logging import get_run_logger
 from blocks.base import Target
 from tasks.dispatch import breaker
 from tasks.dispatch.delivery import MAX_ATTEMPTS, Delivery, SentByAnother
-from transfer.errors import Busy, DispatchError, Retryable
+from tasks.dispatch.rest import LEDGER_S
+from transfer.errors import Busy, DispatchError, LedgerAway, Retryable
 
 NEAR_S = 1.0  # a run waits so long for its next attempt; for a later one it ends its part
 MAX_RETRY_AFTER_S = 86_400  # a peer that asks for more than a day means "don't"
@@ -54,6 +55,8 @@ def push_task(delivery: Delivery) -> Task[[Delivery], Any]:
         # An attempt that got further is not counted: the next one waits as the first retry does.
         if not delivery.may_go_on:
             return None
+        if isinstance(error, LedgerAway):  # what is sent until it is back, and can't be noted, is sent once more
+            return None if delivery.may_rest else LEDGER_S
         seconds = delay_before(max(2, delivery.futile + 1), target, error)
         if delivery.may_rest and (seconds > NEAR_S or breaker.read(delivery.ledger, _node(delivery)).opened):
             delivery.again = datetime.now(UTC) + timedelta(seconds=seconds)

@@ -35,6 +35,7 @@ DOUBTFUL = frozenset(("name", "id"))  # titles that may also be those of a folde
 TITLES = PATHS | DOUBTFUL | {"study", "studies"}
 ONCE = "listed"  # as fingerprint: a line doesn't change
 LINE_ENDS = "\r\n"
+COMMENT = "#"  # begins a line that doesn't count
 BLANKS, ENDS = " \t\r", re.compile(r"\r\n|\r|\n")  # of lines; any other letter may belong to a name
 COLUMNS = ("listed", "state", "detail", "run")
 
@@ -129,15 +130,15 @@ def _column(text: str, source: ListSource) -> list[str]:
     """Return the values of a list: its lines, or those of one column of a CSV file."""
     if not source.column and not source.file.lower().endswith((".csv", ".tsv")):
         found = (line.strip(BLANKS) for line in ENDS.split(text))
-        return [line for line in found if line and not line.startswith("#")]
+        return [line for line in found if line and not line.startswith(COMMENT)]
     text = SEPARATOR.sub("", text)
-    first = ENDS.split(text.lstrip(), maxsplit=1)[0]
+    first = next((line for line in ENDS.split(text) if line.strip() and not line.startswith(COMMENT)), "")
     delimiter = max(";\t,", key=first.count)
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as exc:
         raise Misconfigured(f"{source.file}: is no valid CSV: {exc}") from exc
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    rows = [row for row in rows if any(cell.strip() for cell in row) and not _is_comment(row, source)]
     if not rows:
         return []
     titles = [cell.strip() for cell in rows[0]]
@@ -154,6 +155,15 @@ def _column(text: str, source: ListSource) -> list[str]:
         if len(rows[0]) > at and _is_title(titles[at], _cells(rows[1:], at), folder):
             rows = rows[1:]
     return _cells(rows, at)
+
+
+def _is_comment(row: list[str], source: ListSource) -> bool:
+    """Return True if a row of a CSV file doesn't count; titles and names of files that are there do."""
+    if not row[0].startswith(COMMENT) or row[0].strip() == COMMENT:
+        return False
+    titles = {cell.strip() for cell in row}
+    is_head = source.column in titles or bool({one.casefold() for one in titles} & TITLES)
+    return not is_head and not os.path.lexists(Path(source.file).parent / row[0])
 
 
 def _cells(rows: list[list[str]], at: int) -> list[str]:

@@ -18,9 +18,10 @@ from talaria.testing import studies
 from tasks.dispatch import delivery as engine
 from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.push import push_task
-from tasks.dispatch.rest import Left
+from tasks.dispatch.rest import LEDGER_S, Left
 from tasks.driver import Driver, Facts
-from transfer.errors import Busy, DispatchError, Interrupted, LedgerAway, Misconfigured
+from transfer import database
+from transfer.errors import Busy, DispatchError, Interrupted, LedgerAway, LedgerFull, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -125,8 +126,19 @@ def test_a_ledger_that_is_away_costs_no_attempt(tmp_path: Path) -> None:
 
     with delivery(tmp_path, push, max_attempts=1) as one:
         delays = run(one)
-        assert (one.attempts, one.futile, len(delays)) == (4, 0, 3) and max(delays) <= 10  # as before a first retry
+        assert (one.attempts, one.futile, delays) == (4, 0, [LEDGER_S] * 3)
         assert one.receipt().state is State.DELIVERED
+
+
+def test_nothing_is_sent_that_could_not_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: one instance went out a hundred times in a minute, until the disk of the ledger had room again."""
+    with delivery(tmp_path, after(6), max_attempts=1) as one:
+        one.may_rest = True
+        with monkeypatch.context() as patch:
+            patch.setattr(database, "ROOM_BYTES", 1 << 62)
+            assert run(one) == [] and isinstance(one.error, LedgerFull) and one.futile == 0
+            assert one.receipt().unsent == 6
+        assert run(one) == [] and one.receipt().state is State.DELIVERED
 
 
 def test_a_rejection_is_a_step_too(tmp_path: Path) -> None:

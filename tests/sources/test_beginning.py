@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import FlowRun, State
@@ -72,6 +74,25 @@ def test_a_run_that_goes_on_begins_no_sweep_when_a_part_of_it_ends(tmp_path: Pat
         assert not is_due(Scheduled()) and not is_due(Running())
         assert is_due(Failed()) and is_due(Completed()), "it has ended once more"
         assert is_due(None), "it was removed"
+
+
+def test_a_sweep_that_could_not_be_begun_is_due_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: what came while the server was started again lay there for ten minutes."""
+    answers: list[Any] = [httpx.ConnectError("refused"), SimpleNamespace(id=uuid4())]
+
+    async def start(*_: Any, **__: Any) -> Any:
+        if isinstance(one := answers.pop(0), Exception):
+            raise one
+        return one
+
+    monkeypatch.setattr(module.batches, "start", start)
+    with Ledger(tmp_path / "ledger") as ledger:
+        sweeping, watched = _Sweeping(cast(Any, Server()), Home(tmp_path), ledger), _Watched(box(tmp_path), due=0.0)
+        with pytest.raises(httpx.ConnectError):
+            asyncio.run(sweeping._begin("box", watched))
+        assert watched.due <= time.monotonic() and watched.run is None
+        asyncio.run(sweeping._begin("box", watched))
+        assert watched.due > time.monotonic() and watched.run
 
 
 @pytest.mark.parametrize("how", ["renamed", "gone", "late"])

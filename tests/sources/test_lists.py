@@ -128,6 +128,10 @@ def test_paths_with_names_of_any_kind(tmp_path: Path, name: str) -> None:
         ("a.csv", "name;note\ns1;x\n", {}, ["{here}/s1"]),
         ("a.csv", "study,copy\ns1,/old/s1\n", {}, ["{here}/s1"]),
         ("a.csv", "nr,copy,backup\n1,/old/s1,/old/s2\n", {}, ["{here}/1"]),
+        ("a.csv", "# of Monday, by Jane, again\npath;note\n/a;x\n#/b;y\n", {}, ["/a"]),
+        ("a.csv", "# of Monday\n/a,x\n# /b,y\n", {}, ["/a"]),
+        ("a.csv", "#,path\n1,s1\n", {}, ["{here}/s1"]),
+        ("a.csv", "#nr,where\n1,/a\n#2,/b\n", {"column": "where"}, ["/a"]),
     ],
 )
 def test_text_and_csv(tmp_path: Path, name: str, text: str, fields: dict[str, Any], found: list[str]) -> None:
@@ -155,6 +159,11 @@ def test_a_table_that_does_not_say_where_its_numbers_are_is_refused_and_how_to_n
 @pytest.mark.parametrize("text", ["Accession Number\n", "Name;Accession\n", "", "-\n"])
 def test_a_list_that_has_no_numbers_yet_names_nothing(tmp_path: Path, text: str) -> None:
     assert lines.lines(listed(tmp_path / "a.csv", text, query="pacs")) == []
+
+
+def test_a_folder_whose_name_begins_as_a_comment_is_one_of_a_csv_file(tmp_path: Path) -> None:
+    (tmp_path / "#1").mkdir()
+    assert [key for key, _ in lines.lines(listed(tmp_path / "a.csv", "path\n#1\n#2\n"))] == ["#1"]
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
