@@ -48,8 +48,8 @@ def source(peer: Archive, **fields: Any) -> dict[str, Any]:
 def placed(into: Path) -> dict[str, set[str]]:
     """Names of the files in a folder by that of the first folder."""
     found: dict[str, set[str]] = {}
-    for path in into.rglob("*"):
-        if path.is_file():
+    for inside, _, names in os.walk(into):  # which passes over folders that go while it looks
+        for path in (Path(inside, name) for name in names):
             found.setdefault(path.relative_to(into).parts[0], set()).add(path.stem)
     return found
 
