@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -156,3 +157,13 @@ def checked(target: dict[str, Any]) -> str:
     """Return the result and time of a listed target's last check; "" if there was none."""
     last = target["last_check"]
     return "" if last is None else f"{'ok' if last['ok'] else 'failed'} {last['time']}"
+
+
+def given_path(text: str) -> Path:
+    """Return the path that somebody gave, whose name is not empty.
+
+    An empty one, as of a variable of a script that is not set, would be the current folder to `Path`.
+    """
+    if not text:
+        raise ValueError("the name of a path is empty; the current folder is .")
+    return Path(text)

@@ -10,7 +10,7 @@ import typer
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
 from talaria.cli.keys import Keys, with_keys
-from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
+from talaria.cli.output import DONE, NOT_ALL, Json, given_path, print_json, table
 from talaria.console import say
 
 
@@ -32,7 +32,7 @@ def retrieve(
         list[str], typer.Option("--to", help="Targets to deliver to, separated by commas.", metavar="NAME[,NAME...]")
     ] = [],  # noqa: B006 - Typer's way
     into: Annotated[
-        Path | None, typer.Option(help="Folder for <accession>/<series>/<instance>.dcm.", metavar="FOLDER")
+        str | None, typer.Option(help="Folder for <accession>/<series>/<instance>.dcm.", metavar="FOLDER")
     ] = None,
     off_peak: Annotated[bool, typer.Option("--off-peak", help="Fetch within the off-peak hours only.")] = False,
     studies_per_hour: Annotated[int, typer.Option(min=0, help="Fetch no more studies than this in an hour.")] = 0,
@@ -56,7 +56,7 @@ def retrieve(
             source=name,
             numbers=list(numbers),
             targets=targets,
-            into=str(into.absolute()) if into else "",
+            into="" if into is None else str(given_path(into).absolute()),
             off_peak=off_peak,
             studies_per_hour=studies_per_hour,
             **keys.given(),

@@ -11,7 +11,7 @@ import typer
 
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
-from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
+from talaria.cli.output import DONE, NOT_ALL, Json, given_path, print_json, table
 from talaria.console import say
 from transfer.errors import NotFound
 
@@ -38,7 +38,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def send(
-    paths: Annotated[list[Path], typer.Argument(help="Files and folders to send.", metavar="PATH...")],
+    path: Annotated[list[str], typer.Argument(help="Files and folders to send.", metavar="PATH...")],
     to: Annotated[
         list[str], typer.Option("--to", help="Names of targets, separated by commas.", metavar="NAME[,NAME...]")
     ],
@@ -76,6 +76,7 @@ def send(
     names = list(dict.fromkeys(name.strip() for part in to for name in part.split(",") if name.strip()))
     if not names:
         raise ValueError("--to names no target")
+    paths = [given_path(one) for one in path]
     what: dict[str, Any] = {
         "paths": [str(path.absolute()) for path in paths],
         "targets": names,

@@ -175,7 +175,13 @@ def test_send_says_what_goes_wrong_as_it_does_and_prints_the_receipt(tmp_path: P
         one.asked.clear()
         ran = run(one, "send", "no/such", "--to", "pacs")
         assert ran.returncode == 2 and words(ran) == ["talaria: no/such: no such file or folder"]
-        assert not any(asked.path.endswith("/dispatches") for asked in one.asked)
+        # So is an empty one, as of a variable that is not set: it is not the current folder.
+        for line in (["send", "", "--to", "pacs"], ["retrieve", "pacs", "--accession", "A1", "--into", ""]):
+            ran = run(one, *line)
+            assert ran.returncode == 2 and words(ran) == [
+                "talaria: the name of a path is empty; the current folder is ."
+            ]
+        assert not any(asked.path.endswith(("/dispatches", "/retrievals")) for asked in one.asked)
 
 
 def test_a_retrieval_that_waits_says_until_when_and_for_what(tmp_path: Path) -> None:
