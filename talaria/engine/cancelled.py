@@ -43,8 +43,8 @@ from transfer.ledger import Ledger
 from transfer.receipt import State as Stands
 
 AT_FIRST = timedelta(days=1)  # how far back a worker that begins looks
-ON = timedelta(minutes=15)  # and afterwards, each EACH_S, for events that were lost
-EACH_S = 300.0
+ON = timedelta(minutes=5)  # before the last look, and afterwards each EACH_S, for events that were lost
+EACH_S = 60.0
 STOPPED = (*TERMINAL_STATES, StateType.CANCELLING)
 ENDED = [StateType.CANCELLED, StateType.FAILED]  # those that are looked back for: of the others, most ran to their end
 WAITED = (StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED)
@@ -64,24 +64,45 @@ class LookingBack:
 
     def __init__(self) -> None:
         self._next = 0.0  # in monotonic seconds
-        self._back = AT_FIRST
+        self._since = datetime.now(UTC) - AT_FIRST
+
+    def soon(self) -> None:
+        """Have the next look made at once: events may just have been lost."""
+        self._next = 0.0
+
+    async def heard(self, client: PrefectClient, ledger: Ledger, run_id: UUID) -> None:
+        """Say that a run has ended, as `was_cancelled`; what goes wrong with that is made good soon."""
+        try:
+            await was_cancelled(client, ledger, run_id)
+        except Exception:
+            self.soon()
+            raise
 
     async def look(self, client: PrefectClient, ledger: Ledger, pool: str) -> None:
         """Look for them, if it is time."""
         if time.monotonic() < self._next:
             return
+        begun = datetime.now(UTC)
+        self._next = time.monotonic() + EACH_S  # unless there is a reason meanwhile to look soon
+        try:
+            await self._look(client, ledger, pool)
+        except BaseException:
+            self.soon()
+            raise
+        self._since = begun - ON
+
+    async def _look(self, client: PrefectClient, ledger: Ledger, pool: str) -> None:
         found = await every(
             client.read_flow_runs,
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ENDED)),
-                end_time=FlowRunFilterEndTime.model_validate({"after_": datetime.now(UTC) - self._back}),
+                end_time=FlowRunFilterEndTime.model_validate({"after_": self._since}),
             ),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
             sort=FlowRunSort.ID_DESC,
         )
         for flow_run in found:
             await _look_at(client, ledger, flow_run)
-        self._next, self._back = time.monotonic() + EACH_S, ON
 
 
 async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> None:

@@ -315,12 +315,11 @@ class Worker:
         return f"prefect.work-pool.{(await self.client.read_work_pool(self.pool)).id}", await self._parts.resource()
 
     def _connected(self, now: bool) -> None:
+        (running.WATCHED.set if now else running.WATCHED.clear)()
         if now:
-            running.WATCHED.set()
+            self._looking_back.soon()
             self._wake.set()
             self._do(self._look())
-        else:
-            running.WATCHED.clear()
 
     def _changed(self, change: StateChange) -> None:
         if change.is_part:
@@ -344,7 +343,7 @@ class Worker:
         elif change.type == "CANCELLING" or change.is_resumption:
             self._do(stray.look_after(self.client, self.ledger, self.alive, change))
         elif change.is_end:
-            self._do(cancelled.was_cancelled(self.client, self.ledger, change.run_id))
+            self._do(self._looking_back.heard(self.client, self.ledger, change.run_id))
 
     def _do(self, work: Any) -> None:
         async def guarded() -> None:
@@ -370,7 +369,7 @@ class Worker:
         if change.is_end:  # it may have been taken here, and have ended so before it began
             if run := self.active.get(change.run_id):
                 await asyncio.wait([run])
-            await cancelled.was_cancelled(self.client, self.ledger, change.run_id)
+            await self._looking_back.heard(self.client, self.ledger, change.run_id)
 
     async def _heed(self, run_ids: list[UUID]) -> None:
         """Stop those of our runs to which somebody has given a state that a running one must not have."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import Artifact, FlowRun, State
@@ -237,3 +238,42 @@ def test_those_whose_event_was_lost_are_found_by_a_look_back(tmp_path: Path, mon
         assert ledger.happenings.standing(f"{CANCELLED}{run_id}") == str(state and state.id)
         ledger.prune(ledger.now() + 1)
         assert not ledger.happenings.standing(f"{CANCELLED}{run_id}")
+
+
+def test_what_could_not_be_looked_at_when_it_was_heard_of_is_looked_back_for_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody heard of such an end for five minutes; nor of one that came while the subscription was away."""
+    asked = {"paths": ["/study"], "targets": ["folder-target/pacs"]}
+    run = a_run(Scheduled(), Cancelled(), **asked)
+    server, back, said = Server(run), cancelled.LookingBack(), list[UUID]()
+
+    async def read_flow_run(_: UUID) -> FlowRun:
+        raise httpx.ReadTimeout("the server is busy")
+
+    async def say(_client: Any, _ledger: Any, flow_run: FlowRun, *_: str) -> None:
+        said.append(flow_run.id)
+
+    monkeypatch.setattr(server, "read_flow_run", read_flow_run, raising=False)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        about = cast(PrefectClient, server), ledger
+
+        async def looks() -> None:
+            server.runs, hidden = {}, server.runs
+            await back.look(*about, "pool")  # there is nothing yet
+            server.runs = hidden
+            monkeypatch.setattr(cancelled, "_say", say)
+            await back.look(*about, "pool")
+            assert not said  # its time has not come
+            with pytest.raises(httpx.ReadTimeout):
+                await back.heard(*about, run[0].id)
+            await back.look(*about, "pool")
+            assert said == [run[0].id]
+            asked_before = server.asked
+            await back.look(*about, "pool")
+            assert server.asked == asked_before
+            back.soon()
+            await back.look(*about, "pool")
+            assert server.asked == asked_before + 1
+
+        asyncio.run(looks())
