@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -137,17 +138,45 @@ def answers(url: str) -> bool:
     """Return True if a Prefect API answers; False if nobody does, or a proxy for one that is away.
 
     Raises:
-        ServerError: something else answers there.
+        ServerError: something else answers there, or its certificate is not trusted.
     """
     try:
-        code = httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code
+        verify = trusted() if url.startswith("https:") else False
+        code = httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=verify).status_code
     except httpx.InvalidURL as exc:
         raise ServerError(f"PREFECT_API_URL={url}: {exc}") from exc
-    except httpx.HTTPError:
+    except httpx.HTTPError as exc:
+        if wrong := _untrusted(exc):
+            raise ServerError(
+                f"the certificate of PREFECT_API_URL={url} is not trusted: {wrong}; PREFECT_API_SSL_CERT_FILE names the"
+                " file of the authorities that are"
+            ) from exc
         return False
     if code != 200 and code < 500:
         raise ServerError(f"what answers at PREFECT_API_URL={url} is no Prefect API ({code}): it ends with /api")
     return code == 200
+
+
+def trusted() -> ssl.SSLContext:
+    """Return how to verify a Prefect server, as its own clients do: by their variable, or the system's authorities.
+
+    Raises:
+        ServerError: the file that the variable names can't be used.
+    """
+    file = os.environ.get("PREFECT_API_SSL_CERT_FILE") or None
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as exc:  # of ssl, too
+        raise ServerError(f"PREFECT_API_SSL_CERT_FILE={file} can't be used: {exc.strerror or exc}") from exc
+
+
+def _untrusted(exc: BaseException | None) -> str:
+    """Return what is wrong with a certificate, "" if an error says nothing of one."""
+    while exc is not None:
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return exc.verify_message
+        exc = exc.__cause__ or exc.__context__
+    return ""
 
 
 def ready(url: str) -> bool:
@@ -296,7 +325,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
     """
     url = os.environ.get("PREFECT_API_URL")
     if url:
-        if not healthy(url.rstrip("/")):
+        if not answers(url.rstrip("/")):
             raise ServerError(prefect_away(url))
         yield None, False
         return

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +15,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.typing import Subprotocol
 
 from talaria.front.gate import Message, Receive, Send
+from talaria.server import trusted
 
 TIMEOUT_S = 60
 # RFC 9110 7.6.1, and what httpx sets itself.
@@ -33,7 +32,7 @@ class RemotePrefect:
     def __init__(self, url: str, credential: str) -> None:
         self.url, self.credential = url.rstrip("/"), credential
         self._base = self.url.removesuffix("/api")
-        self._tls = _tls() if self.url.startswith("https:") else None
+        self._tls = trusted() if self.url.startswith("https:") else None
         name, _, password = credential.partition(":")
         # No proxy of the environment: it could read the credential.
         common: dict[str, Any] = {"timeout": TIMEOUT_S, "trust_env": self._tls is not None, "verify": self._tls or True}
@@ -152,8 +151,3 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
             raise httpx.ReadError("the asker has gone")
         yield message.get("body", b"")
         more = message.get("more_body", False)
-
-
-def _tls() -> ssl.SSLContext:
-    """Return how to verify the server, as Prefect's own clients do: by their variable, or the system's authorities."""
-    return ssl.create_default_context(cafile=os.environ.get("PREFECT_API_SSL_CERT_FILE") or None)

@@ -1,0 +1,54 @@
+"""A Prefect server elsewhere, as `talaria up` and the commands look for it."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from talaria.errors import ServerError
+from talaria.server import answers, healthy
+from tests.servers.certificates import Authority
+
+
+@pytest.mark.parametrize("fault", ["", "unknown", "expired", "no file"])
+def test_a_prefect_server_elsewhere_is_verified_as_its_clients_do(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An authority of one's own was taken for a server that is away, and `up` waited for it."""
+    authority = Authority(tmp_path / "ca")
+    leaf = authority.leaf("server", expired=fault == "expired")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(leaf.cert, leaf.key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Health)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"https://127.0.0.1:{server.server_address[1]}/api"
+    file = {"unknown": "", "no file": str(tmp_path / "gone.pem")}.get(fault, str(authority.ca))
+    monkeypatch.setenv("PREFECT_API_SSL_CERT_FILE", file)
+    try:
+        if not fault:
+            assert answers(url)
+            return
+        words = {"unknown": "self-signed|unable to get", "expired": "has expired", "no file": "gone.pem can't be used"}
+        with pytest.raises(ServerError, match=words[fault]):
+            answers(url)
+        assert not healthy(url)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Health(BaseHTTPRequestHandler):
+    """Says that all is well."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
