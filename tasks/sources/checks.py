@@ -275,13 +275,18 @@ class _Folders:
         return bool(way and other_way) and (way[0] in other_way or other_way[0] in way)
 
     def _where(self, path: str) -> tuple[str, str, list[tuple[int, int]]]:
-        """Return the file system that a path lies on, its path there, and what it and the folders above it are."""
+        """Return the file system that a path lies on, its path there, and what it and the folders above it are.
+
+        Of shares by NFS only the last tells whether two folders are one.
+        """
         if path not in self._known:
             best, disk, inside = "", "", path
-            for fields, _ in self._mounts:
+            for fields, (system, *source) in self._mounts:
                 place = _unescaped(fields[4])
                 if roots.is_in(path, place) and len(place) >= len(best):
-                    best, disk, inside = place, fields[2], f"{_unescaped(fields[3])}/{path[len(place) :]}"
+                    best, inside = place, f"{_unescaped(fields[3])}/{path[len(place) :]}"
+                    # NFS says / of whatever folder is mounted, and one disk of several exports.
+                    disk = place if system.startswith("nfs") else f"{fields[2]} {source}"
             way = []
             with suppress(OSError):  # what is not there is in nobody's way
                 way = [(there.st_dev, there.st_ino) for there in map(os.stat, (path, *map(str, Path(path).parents)))]

@@ -194,6 +194,25 @@ def test_a_folder_that_is_mounted_twice_is_one(place: Place, monkeypatch: pytest
     assert loop == f"in and {target} of target shelf overlap: what is delivered would come again"
 
 
+def test_two_exports_of_one_disk_of_a_file_server_are_two(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux says of both that they are the whole of one file system: no such source could be applied."""
+    Path(place("again")).mkdir()
+    shelf = FolderTarget(folder=place("again")).named("shelf")
+    table = Path(place("mountinfo"))
+    table.write_text(
+        "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        f"30 22 0:50 / {place('in')} rw - nfs4 server:/export/in rw\n"
+        f"31 22 0:50 / {place('again')} rw - nfs4 server:/export/again rw\n"
+    )
+    monkeypatch.setattr(checks, "MOUNTS", table)
+    assert wrong(place, inbox(place), more=(shelf,)) == []
+    table.write_text(table.read_text().replace("/export/in", "/export").replace("/export/again", "/export"))  # by bind
+    assert wrong(place, inbox(place), more=(shelf,)) == []
+    table.write_text(table.read_text().replace("nfs4 server:/export", "cifs //server/share"))
+    (loop,) = wrong(place, inbox(place), more=(shelf,))
+    assert loop == "in and again of target shelf overlap: what is delivered would come again"
+
+
 def test_a_folder_whose_name_has_large_and_small_letters_is_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a share of a server that does not tell them apart."""
     shelf, look = FolderTarget(folder=place("IN/deeper")).named("shelf"), os.stat
