@@ -136,6 +136,11 @@ def restore(folder: str, unit: ListedUnit) -> None:
         os.close(fd)
 
 
+def has_begun(unit: ListedUnit) -> bool:
+    """Return True if something of a unit has gone already, or a kill has left a file of it under our name."""
+    return not all(os.path.lexists(one.path) for one in unit.files)
+
+
 def _inside(folder: str, path: str) -> str:
     """Return a path relative to the folder that it lies in; "" if it lies elsewhere."""
     return path[len(folder.rstrip("/")) + 1 :] if roots.is_in(path, folder) else ""

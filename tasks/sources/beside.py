@@ -29,19 +29,19 @@ class UnderWay:
 
 
 def older(
-    unit: Unit, row: UnitRow, known: Mapping[str, UnitRow], resting: Collection[str], now: float, source: Source
+    unit: Unit, row: UnitRow, count: int, resting: Collection[str], now: float, source: Source
 ) -> UnitRow | None:
     """Return the row of a unit's run that rests, with a key of its own, if the unit goes beside it; None if not.
 
     Args:
-        known: all rows of its source.
+        count: of its older runs.
         resting: the runs that wait.
     """
     if row.run not in resting or again.parted(row.fingerprint)[0] == unit.fingerprint or unit.ahead or unit.problem:
         return None
     if getattr(source, "late", Late.APPEND) is Late.HOLD or not row.time + RESTS_S <= now:
         return None
-    if sum(one.startswith(unit.key + OLDER) for one in known) >= MOST:
+    if count >= MOST:
         return None
     return replace(row, unit=f"{unit.key}{OLDER}{row.run}")
 

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ from transfer.ledger import Ledger
 from transfer.oserrors import passes, words_of
 from transfer.plan import Origin
 from transfer.receipt import Level, State
-from transfer.sourcebook import UnitRow, UnitState
+from transfer.sourcebook import OLDER, UnitRow, UnitState
 from transfer.unitlist import FileFacts, ListedUnit
 
 FLOOD = 250  # units of one dispatch: its receipts stay handy, and one that fails is soon seen
@@ -46,9 +46,8 @@ LEVELS = list(Level)
 DAY_S = 86_400.0
 KEPT_S = 30 * DAY_S  # for which it is remembered what became of units that are there no more
 OPEN_S = 60.0  # after which a unit is looked at again that somebody writes to; a watch sees sooner that this has ended
-LET_GO_S = (
-    30.0  # for which files are moved or deleted before a watched source is looked through: to a NAS it may take hours
-)
+# For which files are moved or deleted before a watched source is looked through: to a NAS it may take hours.
+LET_GO_S = 30.0
 AGAIN_S = 300.0  # and one whose files a full disk, or a share that is away, kept from going
 ARRIVED = (UnitState.DELIVERED, UnitState.DONE)
 ENDED = (UnitState.DONE, UnitState.FAILED, UnitState.HELD)
@@ -93,6 +92,7 @@ class Sweep:
         self._resting = set[str]()  # runs that wait, as for a target that does not answer
         self._until = math.inf  # until when files are let go, in monotonic seconds
         self._older = set[str]()  # units that an older dispatch is to send as well
+        self._read: tuple[str, dict[str, ListedUnit]] = "", {}  # the list that was read last, by its mark
 
     async def run(self, *, looks: bool = True) -> Swept:
         """Settle what has ended, then dispatch what is ready, if it is also to look for that.
@@ -305,8 +305,8 @@ class Sweep:
         """Look through the source, write down what is ready, and return it."""
         source = self.source
         known, now = self.book.units(source.name), time.time()
-        open_: dict[tuple[Any, ...], _Batch] = {}
-        whole: list[_Batch] = []
+        ran = Counter(one.partition(OLDER)[0] for one in known if OLDER in one)
+        open_, whole = dict[tuple[Any, ...], _Batch](), list[_Batch]()
         held: dict[str, list[UnitRow]] = defaultdict(list)
         seen, coming = set[str](), set[str]()  # units that are there, and those that are, or will be, under way
         try:
@@ -316,12 +316,14 @@ class Sweep:
                 older = None
                 if row and row.state is UnitState.DISPATCHED:
                     coming.add(unit.key)
-                    older = beside.older(unit, row, known, self._resting, now, source)
+                    older = beside.older(unit, row, ran[unit.key], self._resting, now, source)
                     if older is None:
                         continue
                 if row and (unit.key in self._open or again.is_known(row, unit.fingerprint, unit.newest, now)):
                     continue
                 coming.add(unit.key)
+                if row and row.state is UnitState.DELIVERED and self._has_begun(row):
+                    continue
                 unread = row if again.is_tried(row, unit.fingerprint) else None
                 if unread and abs(now - unread.time) < AGAIN_S:  # of the ledger's clock, which may be ahead of ours
                     self._wait(unread.time + AGAIN_S)
@@ -403,6 +405,12 @@ class Sweep:
             return True
         self._wait(min(since, now) + settle_s)
         return False
+
+    def _has_begun(self, row: UnitRow) -> bool:
+        """Return True if a sweep that was stopped or killed has begun to move a unit; the rest goes with a later one."""
+        if row.batch != self._read[0]:
+            self._read = row.batch, self._listed(row.batch)
+        return row.unit in self._read[1] and after.has_begun(self._read[1][row.unit])
 
     def _wait(self, until: float) -> None:
         self.done.waiting += 1

@@ -435,6 +435,39 @@ def test_what_has_come_does_not_wait_for_what_is_moved(
     assert sorted(bench.states().values()) == ["dispatched", *["done"] * 4]
 
 
+@pytest.mark.parametrize("late", ["append", "resend", "hold"])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_what_is_half_moved_when_the_time_is_over_is_not_late(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str, late: str
+) -> None:
+    """What a sweep that was killed has left of a unit was dispatched again, and a file kept the name of ours."""
+    bench.source = bench.named(unit="study", after="move", move_to=str(bench.folder / "sent"), late=late)
+    uids = {name: {"study": material.uid(56), "series": material.uid(56)} for name in "abz"}
+    for name in uids:
+        material.ct(bench.inbox / name, 2, **uids[name])
+    bench.sweep()
+    bench.dispatch()
+    monkeypatch.setattr(sweep.Sweep, "_let_go", lambda *args, **more: None)
+    bench.sweep()
+    monkeypatch.undo()
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+    last = max(uids, key=lambda name: uids[name]["study"])
+    one, two = sorted((bench.inbox / last).iterdir())
+    (bench.folder / "sent" / last).mkdir()
+    one.rename(bench.folder / "sent" / last / one.name)
+    if how == "killed":
+        two.rename(two.with_name(f"{TAKEN}{two.name}"))
+        material.ct(bench.inbox / last, 1, first=9, **uids[last])
+    monkeypatch.setattr(sweep, "LET_GO_S", 0.0)
+    bench.sweep()
+    bench.sweep()
+    assert not bench.asked and "held" not in bench.states().values()
+    for _ in range(3):
+        bench.all()
+    moved = 6 if how == "stopped" or late == "hold" else 7
+    assert len(names(bench.folder / "sent")) == moved and not list(bench.inbox.rglob(f"{TAKEN}*"))
+
+
 def test_that_files_may_not_be_deleted_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.source = bench.named(after="delete")
     for name in ("s", "t"):
