@@ -127,9 +127,15 @@ class _Sweeping:
         if now - self._ended >= ENDED_S:
             self._ended = now
             await self._see_ends()
+        wrong: Exception | None = None
         for name, one in self.watched.items():
             if one.due <= time.monotonic() and one.begun + CALM_S <= time.monotonic():
-                await self._begin(name, one)
+                try:
+                    await self._begin(name, one)
+                except Exception as exc:  # it is due still, and would be the first again the next time
+                    wrong = exc
+        if wrong:
+            raise wrong
 
     def _stamp(self) -> int:
         try:

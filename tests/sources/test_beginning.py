@@ -95,6 +95,29 @@ def test_a_sweep_that_could_not_be_begun_is_due_still(tmp_path: Path, monkeypatc
         assert watched.due > time.monotonic() and watched.run
 
 
+@pytest.mark.parametrize("error", [httpx.ReadTimeout("a busy server"), ValueError("an answer that is none")])
+def test_a_source_whose_sweep_can_not_be_begun_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It stays due, and would be the first again and again."""
+    asked: list[str] = []
+
+    async def start(client: Any, name: str, **_: Any) -> Any:
+        asked.append(name)
+        if name == "bad":
+            raise error
+        return SimpleNamespace(id=uuid4())
+
+    monkeypatch.setattr(module.batches, "start", start)
+    monkeypatch.setattr(_Sweeping, "_read_sources", lambda self: asyncio.sleep(0))
+    with Ledger(tmp_path / "ledger") as ledger:
+        sweeping = _Sweeping(cast(Any, Server()), Home(tmp_path), ledger)
+        sweeping.watched = {name: _Watched(box(tmp_path), due=0.0) for name in ("bad", "good")}
+        with pytest.raises(type(error)):
+            asyncio.run(sweeping._look())
+        assert asked == ["bad", "good"] and sweeping.watched["bad"].due <= time.monotonic()
+
+
 @pytest.mark.parametrize("how", ["renamed", "gone", "late"])
 def test_a_folder_that_was_made_again_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """A mount over it is the same to us: another folder of that name."""
