@@ -28,9 +28,7 @@ class UnderWay:
     older: set[str]
 
 
-def older(
-    unit: Unit, row: UnitRow, count: int, resting: Collection[str], now: float, source: Source
-) -> UnitRow | None:
+def older(unit: Unit, row: UnitRow, count: int, resting: Collection[str], now: float, source: Source) -> UnitRow | None:
     """Return the row of a unit's run that rests, with a key of its own, if the unit goes beside it; None if not.
 
     Args:

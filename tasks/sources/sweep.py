@@ -407,7 +407,7 @@ class Sweep:
         return False
 
     def _has_begun(self, row: UnitRow) -> bool:
-        """Return True if a sweep that was stopped or killed has begun to move a unit; the rest goes with a later one."""
+        """Return True if a sweep that was stopped or killed has begun to move a unit; a later one goes on."""
         if row.batch != self._read[0]:
             self._read = row.batch, self._listed(row.batch)
         return row.unit in self._read[1] and after.has_begun(self._read[1][row.unit])
