@@ -144,7 +144,7 @@ def date_text(day: date | None) -> str:
 
 def seconds(text: str) -> int:
     """Return the whole seconds of a time of day, which may lack its last parts (PS3.5 section 6.2, TM)."""
-    text = text[:6].ljust(6, "0")
+    text = text.partition(".")[0][:6].ljust(6, "0")  # of peers that leave out a zero, as in 12345.0, any time will do
     return int(text[:2]) * 3600 + int(text[2:4]) * 60 + int(text[4:6])
 
 
