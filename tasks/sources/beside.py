@@ -7,7 +7,7 @@ until it has ended, and what it brings is known to the newer one by the ledger. 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from blocks.inbox import Late
 from blocks.source import Source
@@ -18,14 +18,6 @@ from transfer.sourcebook import OLDER, Sourcebook, UnitRow
 RESTS_S = 300.0  # since it was dispatched, after which a unit goes beside a run that rests
 MOST = 10  # runs of one unit: each has all of its files
 WORDS = "an older dispatch of it has not ended"
-
-
-@dataclass
-class UnderWay:
-    """What is under way: the newest dispatches of units, by run, and the keys of those that an older one is to send."""
-
-    newest: dict[str, list[UnitRow]]
-    older: set[str]
 
 
 def older(unit: Unit, row: UnitRow, count: int, resting: Collection[str], now: float, source: Source) -> UnitRow | None:
@@ -46,10 +38,14 @@ def older(unit: Unit, row: UnitRow, count: int, resting: Collection[str], now: f
 
 def without_older(
     book: Sourcebook, source: str, by_run: Mapping[str, list[UnitRow]], ended: Collection[str]
-) -> UnderWay:
-    """Return the rows of runs as they are to be settled, and forget the older ones of runs that have ended."""
+) -> tuple[dict[str, list[UnitRow]], set[str]]:
+    """Forget the rows of older runs that have ended.
+
+    Returns:
+        By run, the rows of the newest dispatches of units; and the keys of units that an older one is still to send.
+    """
     every = [(run, row) for run, rows in by_run.items() for row in rows]
     if gone := [row.unit for run, row in every if OLDER in row.unit and run in ended]:
         book.forget(source, gone)
     left = {row.unit.partition(OLDER)[0] for run, row in every if OLDER in row.unit and run not in ended}
-    return UnderWay({run: [row for row in rows if OLDER not in row.unit] for run, rows in by_run.items()}, left)
+    return {run: [row for row in rows if OLDER not in row.unit] for run, rows in by_run.items()}, left

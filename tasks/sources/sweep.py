@@ -100,8 +100,8 @@ class Sweep:
         Raises:
             DispatchError: the source can't be looked through.
         """
-        await self.settle()
-        if looks and (runs := self.book.under_way().get(self.source.name, set()) - {""}):
+        runs = await self.settle()
+        if looks and runs:
             self._resting = await self.dispatching.resting(runs)
         for batch in await asyncio.to_thread(self._look) if looks else ():
             self.check()  # the next sweep creates what is left
@@ -114,8 +114,8 @@ class Sweep:
 
     # ---- what was dispatched before
 
-    async def settle(self) -> None:
-        """See what has become of the units that were dispatched, and of the files of those that were delivered."""
+    async def settle(self) -> set[str]:
+        """See what has become of dispatched units, and of the files of delivered ones; return the runs that go on."""
         rows = self.book.units(self.source.name, UnitState.DISPATCHED, UnitState.FAILED, UnitState.DELIVERED)
         if isinstance(self.source, InboxSource) and self.source.watch:  # another one is looked through when it is said
             self._until = time.monotonic() + LET_GO_S
@@ -138,10 +138,9 @@ class Sweep:
         for mark in {row.batch for row in by_run.pop("", ())}:
             await self._create_again(mark)
         ended = await self.dispatching.ended(list(by_run)) if by_run else {}
-        rest = beside.without_older(self.book, self.source.name, by_run, ended)
-        self._older = rest.older
+        newest, self._older = beside.without_older(self.book, self.source.name, by_run, ended)
         for run, end in ended.items():
-            await asyncio.to_thread(self._settle, rest.newest[run], end)
+            await asyncio.to_thread(self._settle, newest[run], end)
         if delivered:  # a sweep was killed before it had dealt with their files, or could not
             again = await self.dispatching.ended(list({row.run for row in delivered}))
             left: dict[str, list[UnitRow]] = defaultdict(list)
@@ -149,6 +148,7 @@ class Sweep:
                 left[row.run].append(row)
             for run, some in left.items():  # whose lists are read, and written anew, once for all of them
                 await asyncio.to_thread(self._let_go, some, again.get(run, EndedRun(gone=True)), killed=True)
+        return by_run.keys() - ended.keys()
 
     def _settle(self, rows: list[UnitRow], end: EndedRun) -> None:
         if end.gone:  # its run was removed: what has arrived is in the ledger, the rest is dispatched again
