@@ -35,6 +35,7 @@ from transfer.spool import FOLDER
 OWN_DISKS = FLUSHED_AS_A_WHOLE - {"nfs", "nfs4"}
 MOUNTS, PLANNED = Path("/proc/self/mountinfo"), Path("/etc/fstab")
 DEVICES = "/dev/"
+_Mount = tuple[list[str], list[str]]  # a line of mountinfo (proc_pid_mountinfo(5)): what is before the dash, and behind
 
 
 def problems(
@@ -280,13 +281,13 @@ class _Folders:
         Of shares by NFS only the last tells whether two folders are one.
         """
         if path not in self._known:
-            best, disk, inside = "", "", path
-            for fields, (system, *source) in self._mounts:
+            disk, inside = "", path
+            if found := _mount_of(path, self._mounts):
+                fields, (system, *source) = found
                 place = _unescaped(fields[4])
-                if roots.is_in(path, place) and len(place) >= len(best):
-                    best, inside = place, f"{_unescaped(fields[3])}/{path[len(place) :]}"
-                    # NFS says / of whatever folder is mounted, and one disk of several exports.
-                    disk = place if system.startswith("nfs") else f"{fields[2]} {source}"
+                inside = f"{_unescaped(fields[3])}/{path[len(place) :]}"
+                # NFS says / of whatever folder is mounted, and one disk of several exports.
+                disk = place if system.startswith("nfs") else f"{fields[2]} {source}"
             way = []
             with suppress(OSError):  # what is not there is in nobody's way
                 way = [(there.st_dev, there.st_ino) for there in map(os.stat, (path, *map(str, Path(path).parents)))]
@@ -294,8 +295,8 @@ class _Folders:
         return self._known[path]
 
 
-def _mounts() -> list[tuple[list[str], list[str]]]:
-    """Return the lines of mountinfo (proc_pid_mountinfo(5)): the fields before the dash, and those after it."""
+def _mounts() -> list[_Mount]:
+    """Return what is mounted, in that order; nothing where that is not known."""
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -303,14 +304,23 @@ def _mounts() -> list[tuple[list[str], list[str]]]:
     return [(before.split(), after.split()) for before, _, after in (line.partition(" - ") for line in lines)]
 
 
+def _mount_of(real: str, mounts: Iterable[_Mount]) -> _Mount | None:
+    """Return the one of some mounts that a real path lies on; the last one covers those before it."""
+    best, found = "", None
+    for mount in mounts:
+        place = _unescaped(mount[0][4])
+        if roots.is_in(real, place) and len(place) >= len(best):
+            best, found = place, mount
+    return found
+
+
 def mounted_at(path: str) -> str:
     """Return the file system that a path lies on, as in `nfs4 server:/export /mnt/share`; "" if that is not known."""
-    real, best, found = resolved(path), "", ""
-    for fields, system in _mounts():
-        place = _unescaped(fields[4])
-        if roots.is_in(real, place) and len(place) >= len(best):  # the last one covers those before it
-            best, found = place, f"{system[0]} {_unescaped(system[1])} {place}"
-    return found
+    found = _mount_of(resolved(path), _mounts())
+    if found is None:
+        return ""
+    fields, system = found
+    return f"{system[0]} {_unescaped(system[1])} {_unescaped(fields[4])}"
 
 
 def is_same_mount(before: str, now: str) -> bool:
