@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry
 
+from blocks import Target
 from talaria.engine import hosts
 from talaria.engine.due import come
 from tasks.dispatch import line
@@ -60,22 +61,32 @@ async def look(
     """
     lines = await asyncio.to_thread(ledger.waits.lines)
     for name in line.outside_hours(lines):
-        count = HOURS_AT_ONCE
-        with suppress(DispatchError):
-            (target,) = await loaded(client, [name])
-            count = HOURS_AT_ONCE if is_open(target) else 0
-        if count:
-            await asyncio.to_thread(line.wake, ledger, line.of_hours(name), count)
+        await _wake(client, ledger, name, line.of_hours(name), _within_hours, HOURS_AT_ONCE)
     for name in line.disabled(lines):
-        count = 1  # of what waits for one that is there no more: it comes, and says so
-        with suppress(DispatchError):
-            (target,) = await loaded(client, [name])
-            count = target.max_dispatches if target.enabled else 0  # the others are called by those
-        if count:
-            await asyncio.to_thread(line.wake, ledger, line.to_be_enabled(name), count)
+        await _wake(client, ledger, name, line.to_be_enabled(name), _enabled, 1)
     for run_id in map(UUID, await asyncio.to_thread(ledger.waits.unheard, line.LOST_S)):
         if run_id not in active and not await waits_elsewhere(client, ledger, run_id):
             await bring_forward(client, ledger, run_id, has_begun)
+
+
+async def _wake(
+    client: PrefectClient, ledger: Ledger, name: str, queue: str, count: Callable[[Target], int], gone: int
+) -> None:
+    """Wake so many of a line as its target lets come; if that is there no more, `gone` of them, who say so."""
+    so_many = gone
+    with suppress(DispatchError):
+        (target,) = await loaded(client, [name])
+        so_many = count(target)
+    if so_many:
+        await asyncio.to_thread(line.wake, ledger, queue, so_many)
+
+
+def _within_hours(target: Target) -> int:
+    return HOURS_AT_ONCE if is_open(target) else 0
+
+
+def _enabled(target: Target) -> int:
+    return target.max_dispatches if target.enabled else 0  # the others are called by those
 
 
 async def call(client: PrefectClient, ledger: Ledger, run_id: UUID, has_begun: Callable[[UUID], bool]) -> None:

@@ -64,9 +64,9 @@ class Slots:
         """Give back what the dead held, and put counts right that keep somebody waiting."""
         await give_back(self.client, self.ledger, self.alive)
         lines = await asyncio.to_thread(self.ledger.waits.lines)
-        others = {line.to_be_enabled(one) for one in line.disabled(lines)}
-        others |= {line.of_hours(one) for one in line.outside_hours(lines)}
-        for target in {one for one in lines - others if not breaker.is_queue(one)} | {*self._excess}:
+        for target in {one for one in lines if not (line.is_for_a_change(one) or breaker.is_queue(one))} | {
+            *self._excess
+        }:
             await self._put_right(target)
 
     async def _put_right(self, target: str) -> None:

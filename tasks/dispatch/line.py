@@ -15,6 +15,7 @@ from transfer.ledger import Ledger
 LOST_S = 2.0  # after which a run that was called, by somebody who may have died, is called again
 AHEAD_S = {"urgent": -600.0, "offpeak": 600.0}  # a run of that priority stands in line as if it had come then
 
+_DISABLED, _HOURS = "!", "~"  # behind the name of a target, in that of a line for what somebody may change of it
 _waker: Callable[[str], None] | None = None
 
 
@@ -41,17 +42,17 @@ def turn(since: float, priority: str) -> float:
 
 def to_be_enabled(target: str) -> str:
     """Return the name of the line in which runs wait for a target to be enabled."""
-    return f"{target}!"
+    return f"{target}{_DISABLED}"
 
 
 def of_hours(target: str) -> str:
     """Return the name of the line in which runs wait for the hours of a target, which somebody may change."""
-    return f"{target}~"
+    return f"{target}{_HOURS}"
 
 
 def outside_hours(lines: Iterable[str]) -> list[str]:
     """Return the targets for whose hours somebody waits."""
-    return sorted(one.removesuffix("~") for one in lines if one.endswith("~"))
+    return _targets(lines, _HOURS)
 
 
 def of_the_same(lock: str) -> str:
@@ -61,7 +62,16 @@ def of_the_same(lock: str) -> str:
 
 def disabled(lines: Iterable[str]) -> list[str]:
     """Return the targets for which somebody stands in such a line."""
-    return sorted(one.removesuffix("!") for one in lines if one.endswith("!"))
+    return _targets(lines, _DISABLED)
+
+
+def is_for_a_change(line: str) -> bool:
+    """Return True if who stands in a line waits for somebody to change the target, not for a slot of it."""
+    return line.endswith((_DISABLED, _HOURS))
+
+
+def _targets(lines: Iterable[str], mark: str) -> list[str]:
+    return sorted(one.removesuffix(mark) for one in lines if one.endswith(mark))
 
 
 def gone(ledger: Ledger, run_id: str) -> None:
