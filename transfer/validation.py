@@ -66,11 +66,16 @@ def _is_number(annotation: Any) -> bool:
 
 def is_text(value: Any) -> bool:
     """Return True if all text in a value from JSON can be written as UTF-8: JSON may hold half of a character."""
-    if isinstance(value, str):
-        return not _HALF.search(value)
-    if isinstance(value, dict):
-        return all(is_text(one) for pair in value.items() for one in pair)
-    return not isinstance(value, list) or all(map(is_text, value))
+    left = [value]  # no calls of itself: JSON may be nested deeper than Python calls
+    while left:
+        one = left.pop()
+        if isinstance(one, str) and _HALF.search(one):
+            return False
+        if isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, list):
+            left += one
+    return True
 
 
 def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]) -> str:

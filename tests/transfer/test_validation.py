@@ -17,6 +17,7 @@ from talaria.settings import Settings, load_settings, misspelt
 from tests.targets.fields import NEEDED
 from transfer import uploads
 from transfer.errors import Misconfigured
+from transfer.validation import is_text
 
 NO_HOST = "is not a host name or an IP address"
 SETTING = re.compile(r"`TALARIA_(\w+)`")
@@ -166,3 +167,13 @@ def test_a_wrong_option_is_told_in_one_line(arguments: list[str], words: list[st
     assert "Value error" not in ran.stderr and "Input should" not in ran.stderr
     for word in words:
         assert word in ran.stderr
+
+
+@pytest.mark.parametrize(("within", "is_one"), [("a", True), ("\udcfc", False)])
+def test_text_is_looked_for_however_deep_it_lies(within: str, is_one: bool) -> None:
+    """Nesting that JSON may have was an error of the API's own."""
+    value: Any = within
+    for _ in range(sys.getrecursionlimit()):
+        value = [{"key": value}]
+    assert is_text(value) is is_one
+    assert is_text({within: 1}) is is_one
