@@ -191,9 +191,9 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
     window = FileWindow(fd, size)
     head = window.at(0, min(size, PREAMBLE_BYTES))
     try:
-        if head[128:132] != b"DICM" and _begins_meta(head) is None:
+        if not has_preamble(head) and _begins_meta(head) is None:
             return _bare(window, wanted)
-        meta, offset = _meta(window, PREAMBLE_BYTES if head[128:132] == b"DICM" else 0)
+        meta, offset = _meta(window, PREAMBLE_BYTES if has_preamble(head) else 0)
         if _common(meta.get(0x00020002, b"")) == MEDIA_STORAGE_DIRECTORY:
             raise NotDicom("a DICOMDIR, which is not an instance", is_directory=True)
         syntax = _common(meta.get(0x00020010, b""))
@@ -206,8 +206,17 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
     except struct.error as exc:
         raise Damaged("truncated") from exc
     odd = walk.odd or (size - offset) % 2 == 1
-    part10 = head[128:132] == b"DICM" and offset > PREAMBLE_BYTES
+    part10 = has_preamble(head) and offset > PREAMBLE_BYTES
     return _header(found, syntax, offset, part10=part10, explicit=walk.explicit, odd=odd), found
+
+
+def has_preamble(beginning: bytes) -> bool:
+    """Return True if a file begins as one with preamble and file meta information does (PS3.10 section 7.1).
+
+    Args:
+        beginning: its first PREAMBLE_BYTES, or more.
+    """
+    return beginning[128:PREAMBLE_BYTES] == b"DICM"
 
 
 def instance_uid(beginning: bytes) -> str:
@@ -217,7 +226,7 @@ def instance_uid(beginning: bytes) -> str:
         beginning: its first BEGINNING_BYTES, or fewer if it has no more.
     """
     at = beginning.find(b"\x02\x00\x03\x00UI", PREAMBLE_BYTES)
-    if beginning[128:132] != b"DICM" or at < 0:
+    if not has_preamble(beginning) or at < 0:
         return ""
     start = at + 8
     return plain_text(beginning[start : start + int.from_bytes(beginning[at + 6 : start], "little")])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blocks.inbox import InboxSource, InboxUnit
 from blocks.source import Source
-from imaging.header import Damaged, NotDicom, read_header
+from imaging.header import PREAMBLE_BYTES, Damaged, NotDicom, has_preamble, read_header
 from tasks.sources.units import Unit, in_time
 from transfer import roots
 from transfer.beneath import FOLDER, resolved
@@ -40,7 +40,6 @@ NOT_LOOKED_AT = (
     " set unit: study"
 )
 MOST_BESIDE = 100  # files that are looked at for that, by each sweep
-PREAMBLE, MAGIC = 128, b"DICM"  # PS3.10 7.1
 NAMED = 3  # files that are named of those that are told of
 
 
@@ -128,7 +127,7 @@ def _is_study(entry: os.DirEntry[str]) -> bool:
             return entry.is_dir()
         fd = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            return stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(MAGIC), PREAMBLE) == MAGIC
+            return stat.S_ISREG(os.fstat(fd).st_mode) and has_preamble(os.pread(fd, PREAMBLE_BYTES, 0))
         finally:
             os.close(fd)
     except OSError:
