@@ -796,33 +796,29 @@ def test_a_search_by_other_keys_waits_for_the_hours_of_its_source_too(
         assert concluded(later).is_completed() and stages(later) == {"S1": Stage.DELIVERED}
 
 
-def test_what_waits_for_a_source_that_is_disabled_stands_in_line_and_leaves_it(
-    concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fields", "words", "names", "of_name"),
+    [
+        (lambda: {"enabled": False}, " to be enabled", line.disabled, line.to_be_enabled),
+        (lambda: {"window": window(2)}, "the hours of ", line.outside_hours, line.of_hours),
+    ],
+    ids=["disabled", "outside its hours"],
+)
+def test_what_waits_for_a_change_of_its_source_stands_in_line_is_called_and_leaves_it(
+    fields: Callable[[], dict[str, Any]],
+    words: str,
+    names: Callable[[set[str]], list[str]],
+    of_name: Callable[[str], str],
+    concluded: Callable[[Retrieval], State[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     woken: list[str] = []
     monkeypatch.setattr(line, "_waker", woken.append)  # as where a worker runs it
     with archive(three()) as peer, Ledger(Home.current().ledger) as ledger:
-        source_fields = {"enabled": False}
-        state = concluded(made(peer, source_fields=source_fields))
-        assert state.name == "AwaitingRetry" and " to be enabled" in str(state.message) and not peer.requests
-        [name] = line.disabled(ledger.waits.lines())
-        line.wake(ledger, line.to_be_enabled(name))
-        assert woken == [RUN]
-        later = made(peer)
-        assert concluded(later).is_completed() and set(stages(later).values()) == {Stage.DELIVERED}
-        assert not ledger.waits.lines()
-
-
-def test_what_waits_for_the_hours_of_a_source_is_called_when_they_are_changed(
-    concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    woken: list[str] = []
-    monkeypatch.setattr(line, "_waker", woken.append)  # as where a worker runs it
-    with archive(three()) as peer, Ledger(Home.current().ledger) as ledger:
-        state = concluded(made(peer, source_fields={"window": window(2)}))
-        assert state.name == "AwaitingRetry" and "the hours of " in str(state.message) and not peer.requests
-        [name] = line.outside_hours(ledger.waits.lines())
-        line.wake(ledger, line.of_hours(name))
+        state = concluded(made(peer, source_fields=fields()))
+        assert state.name == "AwaitingRetry" and words in str(state.message) and not peer.requests
+        [name] = names(ledger.waits.lines())
+        line.wake(ledger, of_name(name))
         assert woken == [RUN]
         later = made(peer)
         assert concluded(later).is_completed() and set(stages(later).values()) == {Stage.DELIVERED}
