@@ -24,6 +24,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import certifi
 import httpx
 
 from talaria import listener
@@ -34,6 +35,7 @@ from talaria.settings import client_environment, server_environment
 from transfer.home import Home, locked
 
 READY_S = 600  # the first start migrates the database: 8 s on an idle machine, minutes on a very busy one
+YES = ("1", "true", "t", "yes", "y", "on")  # as Prefect reads a setting that is on
 STOP_S = 15
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -143,7 +145,7 @@ def answers(url: str) -> bool:
     try:
         verify = trusted() if url.startswith("https:") else False
         code = httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=verify).status_code
-    except httpx.InvalidURL as exc:
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
         raise ServerError(f"PREFECT_API_URL={url}: {exc}") from exc
     except httpx.HTTPError as exc:
         if wrong := _untrusted(exc):
@@ -158,16 +160,21 @@ def answers(url: str) -> bool:
 
 
 def trusted() -> ssl.SSLContext:
-    """Return how to verify a Prefect server, as its own clients do: by their variable, or the system's authorities.
+    """Return how to verify a Prefect server, as its own clients do: by their variables, or the authorities of certifi.
+
+    They don't know those of the system: a server that only these vouch for would be found here, and not by them.
 
     Raises:
         ServerError: the file that the variable names can't be used.
     """
-    file = os.environ.get("PREFECT_API_SSL_CERT_FILE") or None
+    name = next((one for one in ("PREFECT_API_SSL_CERT_FILE", "SSL_CERT_FILE") if os.environ.get(one)), "")
     try:
-        return ssl.create_default_context(cafile=file)
+        context = ssl.create_default_context(cafile=os.environ[name] if name else certifi.where())
     except OSError as exc:  # of ssl, too
-        raise ServerError(f"PREFECT_API_SSL_CERT_FILE={file} can't be used: {exc.strerror or exc}") from exc
+        raise ServerError(f"{name}={os.environ.get(name)} can't be used: {exc.strerror or exc}") from exc
+    if os.environ.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "").lower() in YES:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def _untrusted(exc: BaseException | None) -> str:

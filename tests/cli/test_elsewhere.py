@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import ssl
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,6 +42,45 @@ def test_a_prefect_server_elsewhere_is_verified_as_its_clients_do(
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("unverified", [False, True])
+def test_no_authority_of_the_system_alone_vouches_for_a_prefect_server(
+    unverified: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's clients don't know those: `up` found the server, and waited for ever as these did not."""
+    authority = Authority(tmp_path / "ca")
+    leaf = authority.leaf("server")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(leaf.cert, leaf.key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Health)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"https://127.0.0.1:{server.server_address[1]}/api"
+    for name in ("PREFECT_API_SSL_CERT_FILE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    system = tmp_path / "system"
+    system.mkdir()
+    shutil.copy(authority.ca, system / "authority.pem")
+    subprocess.run(["openssl", "rehash", str(system)], check=True, timeout=60)
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path if unverified else system))
+    monkeypatch.setenv("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "true" if unverified else "")
+    try:
+        if unverified:
+            assert answers(url)
+        else:
+            with pytest.raises(ServerError, match="is not trusted"):
+                answers(url)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("url", ["localhost:4200/api", "htps://localhost:4200/api", "//localhost:4200/api"])
+def test_what_is_no_url_of_a_prefect_server_is_not_waited_for(url: str) -> None:
+    """It was taken for one of a server that is away."""
+    with pytest.raises(ServerError, match="PREFECT_API_URL="):
+        answers(url)
 
 
 class Health(BaseHTTPRequestHandler):
