@@ -41,7 +41,7 @@ LOST = (DispatchError, OSError, sqlite3.Error)
 ROOM_BYTES = 1 << 20  # without which nothing is begun: what the ledger has no room for would have to be sent again
 NO_ROOM = "the disk of the state directory is full: nothing can be noted there"
 HELD = f"another process has held the ledger's database for more than {BUSY_S} seconds"
-UNUSABLE = "the ledger's file can't be used: is its file system read-only, or a quota used up?"
+UNUSABLE = "the ledger's file can't be used: is it another user's, its file system read-only, or a quota used up?"
 LEASE_S = 30.0  # how long a host's runs are its own without a word of it, unless TALARIA_LEASE says otherwise
 
 

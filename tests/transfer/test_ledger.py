@@ -99,7 +99,7 @@ def test_a_disk_that_can_not_be_written_to_is_waited_for(path: Path, tmp_path: P
     """As one that the kernel has made read-only for an input error, or a quota: each dispatch failed."""
     with Ledger(path) as ledger:
         ledger._db.execute("PRAGMA query_only=1")
-        with pytest.raises(LedgerAway, match="is its file system read-only"), ledger.together():
+        with pytest.raises(LedgerAway, match="its file system read-only"), ledger.together():
             ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
         ledger._db.execute("PRAGMA query_only=0")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
