@@ -11,6 +11,8 @@ from pydicom.datadict import keyword_for_tag
 
 Attributes = dict[str, Any]  # as PS3.18 Annex F: by tag, eight hexadecimal digits in upper case
 
+PADDING = " \0"  # to an even length, PS3.5 section 6.2: some servers give values as they lie in the file
+
 
 def parse(body: bytes) -> list[Attributes]:
     """Return the data sets of a document in DICOM JSON or, in XML, of the Native DICOM Model.
@@ -87,16 +89,16 @@ def _name(group: ElementTree.Element) -> list[str]:
 
 
 def values(attributes: Attributes, tag: str) -> list[Any]:
-    """Return all values of an element; none if it is absent, empty or malformed."""
+    """Return all values of an element; none if it is absent or empty. One alone need not be in a list."""
     element = attributes.get(tag)
     found = element.get("Value") if isinstance(element, dict) else None
-    return [value for value in found if value is not None] if isinstance(found, list) else []
+    return [value for value in (found if isinstance(found, list) else [found]) if value is not None]
 
 
 def text(attributes: Attributes, tag: str) -> str:
     """Return the first value of an element as text, "" if there is none."""
     found = values(attributes, tag)
-    return str(found[0]).strip(" \0") if found else ""
+    return str(found[0]).strip(PADDING) if found else ""
 
 
 def number(attributes: Attributes, tag: str) -> int | None:
@@ -129,8 +131,10 @@ def _keyword(tag: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a person's name as its VR has it: up to three groups with '='."""
+    """Return a value without padding, a person's name as its VR has it: up to three groups with '='."""
+    if isinstance(value, str):
+        return value.strip(PADDING)
     if not isinstance(value, dict):
         return value
-    groups = [str(value.get(group, "")) for group in ("Alphabetic", "Ideographic", "Phonetic")]
+    groups = [str(value.get(group) or "").strip(PADDING) for group in ("Alphabetic", "Ideographic", "Phonetic")]
     return "=".join(groups).rstrip("=")

@@ -145,6 +145,10 @@ class PagedSearch:
             if offset or extra:
                 raise
             found = self._learned(limit, exc)
+        if found.rows and not any(map(self._uid, found.rows)):
+            service = self.archive.service
+            where = f"{service.where}{service.path(service.qido, *self.segments)}"
+            raise Misconfigured(f"{where}: the server's answer has results, and none has a {UID_KEYS[self.level]}")
         largest = self.archive.largest
         largest[self.level] = max(largest.get(self.level, 0), len(found.rows))
         return found

@@ -1,0 +1,75 @@
+"""Servers that write DICOM JSON as nobody should, or answer as no standard says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imaging.query import Query
+from talaria.testing import studies
+from tests.servers.dicomweb import Reply, Scripted, as_json
+from tests.targets.dicomweb_query.fetching import fetched, series_of
+from tests.targets.dicomweb_query.finding import files, found, hold
+from transfer.errors import Misconfigured
+from transfer.receipt import State
+
+
+def writing(server: Scripted, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Have a server change each element of its answers to searches."""
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = usual(segments, query)
+        if reply.status == 200:
+            rows = json.loads(reply.body)
+            reply.body = as_json([{tag: change(element) for tag, element in row.items()} for row in rows])
+        return reply
+
+    server._search = search  # type: ignore[method-assign]
+
+
+def padded(element: dict[str, Any]) -> dict[str, Any]:
+    pad = "\0" if element["vr"] == "UI" else " "
+    values = [value + pad if isinstance(value, str) and len(value) % 2 else value for value in element.get("Value", ())]
+    return element | ({"Value": values} if values else {})
+
+
+def bare(element: dict[str, Any]) -> dict[str, Any]:
+    return element | ({"Value": element["Value"][0]} if len(element.get("Value", ())) == 1 else {})
+
+
+@pytest.mark.parametrize("change", [padded, bare])
+@pytest.mark.parametrize("ignores", ["filters", ""])
+def test_values_that_are_padded_or_in_no_list(
+    server: Scripted, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], ignores: str
+) -> None:
+    study, other = studies.uid(55), studies.uid(56)
+    uids = hold(server, *(studies.dataset(study=study, series=f"{study}.{number}") for number in (1, 2, 10)))
+    named = {"AccessionNumber": "A-1", "StudyDescription": "Thorax!"}
+    uids += hold(server, studies.dataset(study=other, series=f"{other}.1", **named))
+    server.ignores = {ignores}
+    writing(server, change)
+    assert {match.StudyInstanceUID for match in found(server)} == {study, other}
+    (match,) = found(server, Query(AccessionNumber=("A-1",), StudyDescription=("Thorax!",), level="series"))
+    assert match.StudyInstanceUID == other and match.attributes["AccessionNumber"] == "A-1"
+    assert fetched(server, tmp_path / "out").state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
+
+
+def test_results_that_all_lack_their_uid_are_not_taken_for_none(server: Scripted) -> None:
+    hold(server, *series_of(2))
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = usual(segments, query)
+        if reply.status == 200:
+            reply.body = as_json([{t: e for t, e in row.items() if t != "0020000D"} for row in json.loads(reply.body)])
+        return reply
+
+    server._search = search  # type: ignore[method-assign]
+    with pytest.raises(Misconfigured, match="StudyInstanceUID"):
+        found(server)
