@@ -174,7 +174,6 @@ class Sender:
         self._command_set = bytearray()
         self._scratch = bytearray(RECEIVE)
         self._sock: socket.socket
-        self._plain = False
 
     def __enter__(self) -> Self:
         # Until it is ours the peer may be in the middle of a PDU, which an abort would have to wait for.
@@ -188,8 +187,7 @@ class Sender:
         self.torn = False
         self._received += self.association.transport.ahead
         self.association.transport.ahead.clear()
-        self._plain = not isinstance(sock, ssl.SSLSocket)
-        if self._plain:
+        if not isinstance(sock, ssl.SSLSocket):
             # Time limits of the kernel's: those of Python's sockets cost a poll(2) before every call.
             sock.settimeout(None)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SLICE)
@@ -366,10 +364,9 @@ class Sender:
     def _read(self) -> None:
         end = time.monotonic() + self.patience
         while True:
-            if self._plain:
-                # A peer with Nagle's algorithm on writes a response in two pieces and waits for our ACK of the
-                # first, which we'd delay by 40 ms; the kernel forgets this setting, so that it is made each time.
-                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            # A peer with Nagle's algorithm on writes a response in two pieces and waits for our ACK of the
+            # first, which we'd delay by 40 ms; the kernel forgets this setting, so that it is made each time.
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             try:
                 count = self._sock.recv_into(self._scratch)
             except (BlockingIOError, TimeoutError) as exc:

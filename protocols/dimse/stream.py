@@ -222,9 +222,10 @@ class Stream:
             end -= begin
         limited = self.throttle.limit
         room = self._view[end : min(end + self.throttle.piece, self._buffer) if limited else self._buffer]
-        if not self._answered and self._plain:
+        if not (self._answered and self._plain):
             # A peer with Nagle's algorithm waits for our ACK of a small piece, which we'd delay by 40 ms; the
-            # kernel forgets this setting, so that it is made each time. What we have sent since was an ACK too.
+            # kernel forgets this setting, so that it is made each time. What we have sent since was an ACK too, but
+            # not of the first piece of a TLS record, with which OpenSSL waits for the rest.
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._answered = False
         self._end = end
@@ -264,8 +265,7 @@ class Stream:
             self.check()
             if time.monotonic() - max(begun, self.heard, self.quiet()) >= self.idle_timeout_s:
                 raise TimedOut(f"{self.where}: the peer was silent for {self.idle_timeout_s:g} s") from exc
-            if self._plain:
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             try:
                 return self.sock.recv_into(room)
             except OSError as again:

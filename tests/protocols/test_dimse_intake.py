@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydicom
 import pytest
@@ -560,6 +561,29 @@ def test_a_listener_without_threads_goes_on(tmp_path: Path, monkeypatch: pytest.
 
 
 # ---- TLS
+
+
+class Acknowledging(ssl.SSLSocket):
+    """Notes which side acknowledges at once: a peer with Nagle's algorithm holds the rest back until then, 40 ms."""
+
+    sides: ClassVar[list[bool]] = []
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:  # type: ignore[override]
+        if option == socket.TCP_QUICKACK:
+            self.sides.append(bool(self.server_side))
+        super().setsockopt(level, option, value)
+
+
+def test_pieces_under_tls_are_acknowledged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = certificates()
+    context = Tls(ca=str(made.ca), cert=str(made.server.cert), key=str(made.server.key)).server()
+    monkeypatch.setattr(ssl.SSLContext, "sslsocket_class", Acknowledging)
+    monkeypatch.setattr(Acknowledging, "sides", [])
+    studies.ct(tmp_path / "study", 3)
+    with listening(tmp_path / "home", scp={"tls": context, "tls_only": True}) as there:
+        assert attempt(tls_target(there.port, aet_target=AET), tmp_path / "study").require().state is State.DELIVERED
+    assert Acknowledging.sides.count(True) >= 3, "of what comes"
+    assert Acknowledging.sides.count(False) >= 3, "of answers"
 
 
 def test_tls_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
