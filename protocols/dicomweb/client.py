@@ -42,8 +42,11 @@ _TAG = re.compile(r"[0-9A-Fa-f]{8}")  # how an attribute is named (PS3.18 annex 
 Keys = tuple[tuple[str, str], ...]
 
 
+REFUSALS = (400, 413, 422)  # of a form of a request: 413 where it would give too much, 422 as some frameworks write it
+
+
 class RequestRefused(Exception):
-    """The server refuses this form of the request (400)."""
+    """The server refuses this form of the request."""
 
     def __init__(self, error: DispatchError) -> None:
         super().__init__(error.message)
@@ -78,6 +81,11 @@ class DicomwebClient:
         )
         self._library.set_http_retry_params(retry=False)
 
+    @property
+    def last(self) -> tuple[Answer, bytes] | None:
+        """The latest answer, and its body; None if none came."""
+        return self._wire.last
+
     def search(
         self,
         segments: Sequence[str],
@@ -90,7 +98,7 @@ class DicomwebClient:
         """Fetch one page of the studies, series or instances at a path (`studies/<uid>/series`, for one).
 
         Raises:
-            RequestRefused: 400. NotFound: there is no such resource, or no such page.
+            RequestRefused: 400, 413, 422. NotFound: there is no such resource, or no such page.
             DispatchError: as `Service.error`.
         """
         asks: dict[str, Callable[..., Any]] = {
@@ -143,7 +151,7 @@ class DicomwebClient:
         if problem is not None and answer.status in (200, 206):
             raise dicomweb.unexpected(service, answer, body, path) from None
         error = service.error(answer, body, path)
-        if answer.status == 400:
+        if answer.status in REFUSALS:
             raise RequestRefused(error) from None
         if answer.status == 416:  # no such page
             raise NotFound(error.message) from None

@@ -30,6 +30,7 @@ from protocols.dicomweb.service import Service
 from transfer.errors import Cancelled, DispatchError, Interrupted, Misconfigured, NotFound
 
 PAGE = 200  # results; Azure refuses to give more at once
+SMALL = 50  # results of a page, for servers that refuse so many as `PAGE`
 LEAST = 5  # results, of all pages together, behind which a server may stop
 FEW = 10  # results: no server's cap is lower, so the last one of so few needn't come again (it costs Orthanc 10 ms)
 MOST = 200_000  # results that are asked for at once of a server that has no pages
@@ -57,6 +58,8 @@ class Archive:
     Attributes:
         left_out: names of parameters that it refuses.
         closed: whether it takes only dates with both ends.
+        page: the most results of a page that it lets us ask for, as far as is known.
+        taken: the most that it has let us ask for.
         largest: by level, the most results that came in one answer.
         reached: by level, the most results of one search that are known to come, over all pages.
         tries: how often a page is requested over connections that break.
@@ -66,6 +69,8 @@ class Archive:
     tries: int = 1
     left_out: set[str] = field(default_factory=set)
     closed: bool = False
+    page: int = MOST
+    taken: int = 0
     largest: dict[str, int] = field(default_factory=dict)
     reached: dict[str, int] = field(default_factory=dict)
 
@@ -161,7 +166,10 @@ class PagedSearch:
             try:
                 if not self.paged:
                     return self.archive.client.search(self.segments, keys, fields)
-                return self.archive.client.search(self.segments, keys, fields, limit=limit, offset=offset)
+                limit = min(limit, self.archive.page)
+                page = self.archive.client.search(self.segments, keys, fields, limit=limit, offset=offset)
+                self.archive.taken = max(limit, self.archive.taken)
+                return page
             except Interrupted:
                 if not left:
                     raise
@@ -183,6 +191,8 @@ class PagedSearch:
             if found := self._taken(limit):
                 return found
             archive.closed = False
+        if found := self._smaller(limit):
+            return found
         for name in doubtful:  # most servers that refuse anything refuse one
             archive.left_out.add(name)
             if found := self._taken(limit):
@@ -200,6 +210,16 @@ class PagedSearch:
                 return found
         archive.left_out.difference_update(doubtful)
         raise refusal.error from None
+
+    def _smaller(self, limit: int) -> Page | None:
+        """Return the first page if it is not refused in a smaller size."""
+        archive, known = self.archive, self.archive.page
+        for size in (archive.taken, SMALL):
+            archive.page = size
+            if self.paged and 0 < size < min(limit, known) and (found := self._taken(limit)):
+                return found
+        archive.page = known
+        return None
 
     def _taken(self, limit: int) -> Page | None:
         """Return the first page; None if this form of the search is refused."""

@@ -91,27 +91,33 @@ def holds(archive: Archive, study_uid: str, series_uid: str, uid: str) -> bool |
     return True if uid in found else None if found or not search.sent else False
 
 
-def probe(service: Service, *segments: str) -> dict[str, Any] | None:
-    """Return one study, or one series or instance below a study; None if there is none."""
+def probe(service: Service) -> None:
+    """Search for one study; raise if that can't be done."""
     try:
-        found = DicomwebClient(service).search(segments or ("studies",), limit=1).rows
+        DicomwebClient(service).search(("studies",), limit=1)
     except RequestRefused as exc:
         raise exc.error from None
-    return keyworded(found[0]) if found else None
 
 
-def any_instance(service: Service) -> tuple[str, str, str] | None:
-    """Return the UIDs (study, series, instance) of any instance; None if none is found."""
-    uids: list[str] = []
-    segments: list[str] = []
-    for level, keyword in _LEVELS:
-        segments.append(level)
-        found = probe(service, *segments)
-        if not found or not found.get(keyword):
-            return None
-        uids.append(str(found[keyword]))
-        segments.append(uids[-1])
-    return uids[0], uids[1], uids[2]
+def samples(service: Service, most: int) -> Iterator[tuple[str, ...]]:
+    """Yield the UIDs (study, series, instance) of the first instance of some studies.
+
+    Those of study and series only, where the server does not list instances; nothing, where it can't be searched.
+    """
+    archive = Archive(service)
+    for study in _first(archive, most, "studies"):
+        for series in _first(archive, 1, "studies", study, "series"):
+            instances = _first(archive, 1, "studies", study, "series", series, "instances")
+            yield (study, series, *instances)
+
+
+def _first(archive: Archive, most: int, *segments: str) -> list[str]:
+    """Return the first UIDs of a list."""
+    try:
+        rows = PagedSearch(archive, segments).page(most, 0).rows
+    except (NotFound, Misconfigured):
+        return []
+    return [uid for row in rows[:most] if (uid := dicomjson.text(row, UID_TAGS[segments[-1]]))]
 
 
 class _Finder:

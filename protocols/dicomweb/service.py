@@ -20,6 +20,7 @@ from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigu
 
 JSON = "application/dicom+json"
 XML = "application/dicom+xml"
+FILES = "DICOM files"  # what WADO gives, in messages
 # JSON first; XML for servers that have nothing else. Orthanc takes the first that it knows.
 ACCEPT = f"{JSON}, {XML};q=0.9, application/json;q=0.8, application/xml;q=0.7"
 
@@ -39,7 +40,7 @@ ADVICE = {
     403: "ask for the right to do this",
     404: "check url and the prefixes",
     405: "this service is not there: check url and the prefixes",
-    406: "it can't give its answer as JSON or XML here: check url and the prefixes, and any proxy before the server",
+    406: "it can't give its answer as {wanted} here: check url and the prefixes, and any proxy before the server",
     410: "check url and the prefixes",
     415: "it does not take this type of content here: check url and the prefixes, and any proxy before the server",
 }
@@ -95,8 +96,8 @@ class Service:
     def _hidden(self) -> frozenset[str]:
         return self.hidden | self.session.secrets
 
-    def error(self, answer: Answer, body: bytes, path: str) -> DispatchError:
-        """Return the error that a status means; the message has the server's own words."""
+    def error(self, answer: Answer, body: bytes, path: str, wanted: str = "JSON or XML") -> DispatchError:
+        """Return the error that a status means; the message has the server's own words, and what was asked for."""
         status = answer.status
         kind = STATUS_ERRORS.get(status, Busy if status >= 500 else Misconfigured)
         where = f"{self.where}{path.split('?')[0]}"
@@ -106,7 +107,7 @@ class Service:
         if said := self.words(body, answer):
             text += f": {said!r}"
         if status in ADVICE:
-            text += f"; {ADVICE[status]}"
+            text += f"; {ADVICE[status].format(wanted=wanted)}"
         return Busy(text, retry_after=answer.retry_after) if kind is Busy else kind(text)
 
     def get(self, path: str, accept: str) -> tuple[int, Answer, bytes]:
@@ -123,14 +124,14 @@ def pause(seconds: float, check: Callable[[], None]) -> None:
         time.sleep(min(left, SLICE_S))
 
 
-def unexpected(service: Service, answer: Answer, body: bytes, path: str) -> DispatchError:
+def unexpected(service: Service, answer: Answer, body: bytes, path: str, wanted: str = "DICOM JSON") -> DispatchError:
     """Return the error for an answer of status 200 that is not what was asked for, such as a login page."""
     said = service.words(body, answer)
     where = f"{service.where}{path.split('?')[0]}"
-    if answer.media_type in (JSON, XML, "application/json", "application/xml", "text/xml"):
+    if wanted != FILES and answer.media_type in (JSON, XML, "application/json", "application/xml", "text/xml"):
         return Interrupted(f"{where}: the answer can't be read as DICOM JSON or XML")
     return Misconfigured(
-        f"{where}: the answer is {answer.media_type or 'of no type'} instead of DICOM JSON"
+        f"{where}: the answer is {answer.media_type or 'of no type'} instead of {wanted}"
         + (f" ({said!r})" if said else "")
         + ": check url and the prefixes"
     )

@@ -70,7 +70,7 @@ def fetch(
                 return
             body = answer.read()
             if accept == asked[-1] or answer.status not in OTHER_FORM:
-                error = service.error(answer, body, where)
+                error = service.error(answer, body, where, dicomweb.FILES)
                 if isinstance(error, Misconfigured):
                     raise NoService(error.message)
                 raise Unable(error.message) if answer.status in UNABLE else error
@@ -90,7 +90,7 @@ def _contents(
                 raise Misconfigured(f"{service.where}{where}: the answer holds {head.media_type} instead of {DICOM}")
             yield parts.content()
     else:
-        raise dicomweb.unexpected(service, answer, answer.read(), where)
+        raise dicomweb.unexpected(service, answer, answer.read(), where, dicomweb.FILES)
 
 
 def _paced(pieces: Iterator[memoryview], pace: Callable[[int], None]) -> Iterator[memoryview]:

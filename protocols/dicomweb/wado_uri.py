@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from urllib.parse import urlencode
 
-from protocols.dicomweb.service import Service
+from protocols.dicomweb.service import FILES, Service
 from protocols.http.multipart import parameters
-from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
+from transfer.errors import Cancelled, DispatchError, Misconfigured
 
 DICOM = "application/dicom"
 NAME = "wado"
-ABSENT = (NotFound, Misconfigured)  # what a server says where it has no such service, or no such instance
 SYNTAXES = ("*", "")  # as it is stored, where a server knows that; else as it likes
 OTHER_FORM = (400, 406, 415)
 
@@ -60,7 +59,7 @@ def fetch(
                 return
             body = answer.read()
             if syntax == SYNTAXES[-1] or answer.status not in OTHER_FORM:
-                raise service.error(answer, body, place)
+                raise service.error(answer, body, place, FILES)
 
 
 def found(service: Service, uids: tuple[str, ...]) -> str:

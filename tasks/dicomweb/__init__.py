@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ from imaging.part10 import preamble_and_meta
 from imaging.query import Match, Query
 from protocols.dicomweb import qido, readback, wado_request, wado_uri
 from protocols.dicomweb import service as dicomweb
-from protocols.dicomweb.client import DicomwebClient, RequestRefused
+from protocols.dicomweb.client import REFUSALS, DicomwebClient, RequestRefused
 from protocols.dicomweb.pages import Archive
 from protocols.dicomweb.readback import Unverifiable, Verdict
 from protocols.dicomweb.service import Service
@@ -33,7 +33,7 @@ from tasks.driver import Driver, Facts
 from tasks.probes import go_on, reach_web
 from tasks.pulled import compared, of_studies
 from transfer import stopping
-from transfer.errors import Busy, DispatchError, Misconfigured, NotFound
+from transfer.errors import Busy, Denied, DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
 from transfer.plan import Item, Plan
 from transfer.receipt import Level, PushReport, Receipt
@@ -46,6 +46,9 @@ STOW_ANSWERS = frozenset((200, 201, 202, 204, 400, 406, 409, 411, 422))
 # A part that can't be stored, for servers that answer so to a request without any.
 PARTS = {500: b"nothing", 415: preamble_and_meta(Header.of("", "", "1.2.840.10008.1.2.1", "", "", 0))}
 WADO_TRIES = 3  # of a list that a retrieval needs, over links that break
+# Searches that show whether there is the service: some servers don't let everything be listed, or take no limit.
+SEARCHES = (((), 1), ((("StudyInstanceUID", BOGUS),), 1), ((("StudyInstanceUID", BOGUS),), None))
+SAMPLES = 3  # studies of which an instance is asked for, until one is given: single ones may be offline, or lost
 WADO_NONE = frozenset((204, 400, 404, 406, 409, 410))  # for an instance that isn't there
 
 
@@ -127,12 +130,12 @@ def _probe_services(health: Health, target: DicomWebTarget, service: Service) ->
         authorizer = service.session.authorizer
         if authorizer is not None:
             authorizer.header(go_on)
-        asked["qido"] = _ask(service, "GET", service.path(service.qido, "studies", query=[("limit", "1")]))
+        asked["qido"] = _ask_qido(service)
         if target.stores:
             asked["stow"] = _ask_stow(service, service.path(service.stow, "studies"))
         for one in asked.values():
             if one.answer.status == 401:
-                raise service.error(one.answer, one.body, one.path)
+                raise _error(service, one)
         _require_service(service, asked)
         probe.detail = "credentials accepted" if authorizer else "no credentials are set, and none are asked for"
         if authorizer and target.url.startswith("http:"):
@@ -142,11 +145,13 @@ def _probe_services(health: Health, target: DicomWebTarget, service: Service) ->
     with health.probe("authorize"):
         for name, one in asked.items():
             if one.answer.status == 403 and (name == "stow" or needs_qido):
-                raise service.error(one.answer, one.body, one.path)
+                raise _error(service, one)
     if not health.ok:
         return
     with health.probe("qido", informative=not needs_qido) as probe:
-        _judge_qido(service, asked["qido"], probe)
+        if asked["qido"].problem:
+            raise asked["qido"].problem
+        probe.detail = asked["qido"].detail
     if "stow" in asked:
         with health.probe("stow") as probe:
             _judge_stow(service, asked["stow"], probe)
@@ -164,12 +169,43 @@ class _Asked:
     path: str
     answer: Answer
     body: bytes
+    problem: DispatchError | None = None
+    detail: str = ""
+
+
+def _error(service: Service, asked: _Asked) -> DispatchError:
+    return asked.problem or service.error(asked.answer, asked.body, asked.path)
 
 
 def _ask(service: Service, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"") -> _Asked:
     headers = {"Accept": dicomweb.ACCEPT} | (headers or {})
     with service.session.request(method, path, headers, Content(body) if body else None) as answer:
         return _Asked(path, answer, answer.read())
+
+
+def _ask_qido(service: Service) -> _Asked:
+    """Search as a query does; for one study, if a search for everything is refused."""
+    client, path = DicomwebClient(service), service.path(service.qido, "studies")
+    made: list[_Asked] = []
+    for keys, limit in SEARCHES:
+        problem: DispatchError | None = None
+        found = ""
+        try:
+            found = "has studies" if client.search(("studies",), keys, limit=limit).rows else "no study"
+        except RequestRefused as exc:
+            problem = exc.error
+        except DispatchError as exc:
+            problem = exc
+        if client.last is None:
+            raise problem or ValueError("a search has an answer, or an error")
+        answer, body = client.last
+        detail = f"answers {answer.status}, {found}"
+        if made:
+            detail = f"answers {answer.status} to a search for one study, {made[0].answer.status} to one for everything"
+        made.append(_Asked(path, answer, body, problem, detail))
+        if answer.status not in REFUSALS:
+            break
+    return made[0] if made[-1].answer.status in (*REFUSALS, 404) else made[-1]
 
 
 def _ask_stow(service: Service, path: str) -> _Asked:
@@ -195,20 +231,9 @@ def _require_service(service: Service, asked: dict[str, _Asked]) -> None:
     nowhere = service.path("", f"no-such-service-{BOGUS}")
     other = _ask_stow(service, nowhere) if name == "stow" else _ask(service, "GET", nowhere)
     if other.answer.status == one.answer.status:
-        error = service.error(one.answer, one.body, one.path)
+        error = _error(service, one)
         error.message += "; it says so to everything: there is no DICOMweb service here, check url and the prefixes"
         raise error
-
-
-def _judge_qido(service: Service, asked: _Asked, probe: Probe) -> None:
-    status = asked.answer.status
-    if status not in (200, 204, 206):
-        raise service.error(asked.answer, asked.body, asked.path)
-    try:
-        found = dicomjson.parse(asked.body) if asked.body.strip() else []
-    except ValueError as exc:
-        raise dicomweb.unexpected(service, asked.answer, asked.body, asked.path) from exc
-    probe.detail = f"answers {status}, {'has studies' if found else 'no study'}"
 
 
 def _judge_stow(service: Service, asked: _Asked, probe: Probe) -> None:
@@ -223,25 +248,30 @@ def _judge_stow(service: Service, asked: _Asked, probe: Probe) -> None:
 
 
 def _probe_wado(service: Service, probe: Probe) -> None:
-    """Ask for an instance and read the beginning of the answer; if none is known, ask for one that doesn't exist."""
-    uids = qido.any_instance(service)
-    with service.session.request(
-        "GET", wado_request.path(service, uids or (BOGUS,) * 3), {"Accept": wado_request.ACCEPTS[1]}
-    ) as answer:
-        if uids and answer.status == 200:
-            kind = answer.media_type
-            answer.close()  # what it is is enough
-            if kind not in (wado_request.DICOM, "multipart/related"):
-                raise Misconfigured(f"{service.where}: gives {kind or 'no type'} instead of instances")
-            probe.detail = "gives instances"
-        elif not uids and answer.status in WADO_NONE:
-            probe.detail = f"answers {answer.status} for an instance that is not there"
-        elif answer.status != 200:
-            error = service.error(answer, answer.read(), wado_request.path(service, uids or (BOGUS,) * 3))
-            place = wado_uri.found(service, uids) if uids and isinstance(error, wado_uri.ABSENT) else ""
-            if not place:
-                raise error
-            probe.detail = f"gives instances by WADO-URI only, at {place}"
+    """Ask for an instance as a retrieval does; if none is known, for one that doesn't exist."""
+    refusals: list[DispatchError] = []
+    for uids in qido.samples(service, SAMPLES):
+        try:
+            with closing(wado_request.fetch(service, uids, lambda count: None)) as contents:
+                if next(contents, None) is not None:  # that it begins is enough
+                    probe.detail = "gives instances"
+                    return
+            refusals.append(Misconfigured(f"{service.where}: lists instances, but gives none"))
+        except (NotFound, Misconfigured, Denied, wado_request.Unable) as exc:
+            refusals.append(exc)
+            absent = len(uids) == len(wado_request.LEVELS) and isinstance(exc, NotFound | wado_request.NoService)
+            if absent and (place := wado_uri.found(service, uids)):
+                probe.detail = f"gives instances by WADO-URI only, at {place}"
+                return
+    if refusals:
+        raise refusals[0]
+    path = wado_request.path(service, (BOGUS,) * 3)
+    asked = _ask(service, "GET", path, {"Accept": wado_request.ACCEPTS[1]})
+    if asked.answer.status == 200 and asked.answer.media_type not in (wado_request.DICOM, "multipart/related"):
+        raise dicomweb.unexpected(service, asked.answer, asked.body, path, dicomweb.FILES)
+    if asked.answer.status not in (200, *WADO_NONE):
+        raise service.error(asked.answer, asked.body, path, dicomweb.FILES)
+    probe.detail = f"answers {asked.answer.status} for an instance that is not there"
 
 
 def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:

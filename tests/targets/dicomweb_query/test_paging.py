@@ -81,6 +81,27 @@ def test_server_ignores_offset_and_caps(many: Scripted, cap: int, ignores: set[s
     assert len(study_uids(found(many))) == 50
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("most", [20, 25])
+@pytest.mark.parametrize("ignores", ["", "offset"])
+def test_server_refuses_larger_pages(
+    many: Scripted, monkeypatch: pytest.MonkeyPatch, status: int, most: int, ignores: str
+) -> None:
+    """Each result comes, with all that was asked for of it; without an offset, by shares."""
+    monkeypatch.setattr(pages, "SMALL", 12)
+    monkeypatch.setattr(pages, "PAGE", 30 if most == 25 else 20)
+    many.ignores, many.cap = {ignores}, most
+    usual = many._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        return Reply(status) if int(dict(query).get("limit", "999")) > most else usual(segments, query)
+
+    many._search = search  # type: ignore[method-assign]
+    matches = found(many)
+    assert len(study_uids(matches)) == len(matches) == 50
+    assert all(match.instances for match in matches)  # `includefield` was not left out
+
+
 def strict(server: Scripted) -> None:
     """Let a server take wild cards in UIDs for letters, as DICOM has it."""
     usual = server._search

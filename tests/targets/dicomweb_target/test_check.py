@@ -13,8 +13,9 @@ from talaria.testing import process, studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import as_loaded
 from tasks.dicomweb import check, push
-from tests.servers.dicomweb import Reply, Request, Scripted, uid_of
+from tests.servers.dicomweb import Reply, Request, Scripted, as_json, as_xml, uid_of
 from tests.targets.dicomweb import dicomweb_target
+from tests.targets.dicomweb_query.finding import hold
 from tests.targets.dicomweb_target.services import PASSWORD, names
 from transfer.errors import (
     Busy,
@@ -153,6 +154,116 @@ def test_check_service_that_takes_only_instances(server: Scripted) -> None:
     server._search = lambda segments, query: Reply(404)  # type: ignore[method-assign]
     health = check(dicomweb_target(server.url, direction="store"))
     assert health.ok, health
+
+
+@pytest.mark.parametrize("status", [406, 400, 500])
+@pytest.mark.parametrize("form", ["application/dicom; transfer-syntax=*", "application/dicom", "*/*"])
+def test_check_asks_for_instances_in_all_forms_that_a_retrieval_asks_for(
+    server: Scripted, form: str, status: int
+) -> None:
+    hold(server, studies.ct_bytes())
+    server.gives = "single"
+    usual = server._usual
+
+    def answer(request: Request) -> Reply:
+        refused = request.path.count("/") == 7 and request.headers["accept"] != form
+        return Reply(status) if refused else usual(request)
+
+    server._usual = answer  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url, direction="query"))
+    assert health.ok, health
+    assert health.probes[-1].detail == "gives instances"
+
+
+def test_check_where_the_first_studies_can_not_be_given(server: Scripted) -> None:
+    """They may be on tape, or lost; a retrieval of others works."""
+    uids = hold(server, *(studies.dataset(study=f"1.2.3.{number}") for number in range(3)))
+    server.withheld = set(uids[:2])
+    health = check(dicomweb_target(server.url, direction="query"))
+    assert health.ok and health.probes[-1].detail == "gives instances"
+    server.withheld = set(uids)
+    assert type(check(dicomweb_target(server.url, direction="query")).error) is NotFound
+
+
+def test_check_where_instances_are_not_listed(server: Scripted) -> None:
+    hold(server, studies.ct_bytes())
+    usual = server._search
+    server._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(404) if segments[-1] == "instances" else usual(segments, query)
+    )
+    health = check(dicomweb_target(server.url, direction="query"))
+    assert health.ok and health.probes[-1].detail == "gives instances"
+
+
+@pytest.mark.parametrize("status", [400, 413])
+@pytest.mark.parametrize("refused", ["limit", "everything"])
+def test_check_where_searches_are_refused_that_no_query_needs(server: Scripted, refused: str, status: int) -> None:
+    hold(server, studies.ct_bytes())
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        keys = {key for key, _ in query}
+        wide = segments == ["studies"] and not keys - {"limit", "offset", "includefield"}
+        return Reply(status) if ("limit" in keys if refused == "limit" else wide) else usual(segments, query)
+
+    server._search = search  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url, direction="query"))
+    assert health.ok, health
+    [qido] = [probe for probe in health.probes if probe.name == "qido"]
+    assert str(status) in qido.detail
+
+
+@pytest.mark.parametrize("body", [b'{"results": []}', b"[{}, 7]"])
+def test_check_of_searches_whose_answers_no_query_can_read(server: Scripted, body: bytes) -> None:
+    server._search = lambda segments, query: Reply(200, body)  # type: ignore[method-assign]
+    assert "qido" in names(check(dicomweb_target(server.url, direction="query")), "failed")
+
+
+def test_check_of_searches_that_are_answered_in_parts_of_xml(server: Scripted) -> None:
+    """As PS3.18 has it for servers without JSON."""
+    row = {"0020000D": {"vr": "UI", "Value": ["1.2.3"]}}
+    body = b"--b\r\nContent-Type: application/dicom+xml\r\n\r\n" + as_xml(row) + b"\r\n--b--"
+    usual = server._usual
+
+    def answer(request: Request) -> Reply:
+        if request.method != "GET" or not request.path.endswith("studies"):
+            return usual(request)
+        xml = "multipart/related" in request.headers["accept"]
+        return Reply(200, body, 'multipart/related; type="application/dicom+xml"; boundary=b') if xml else Reply(406)
+
+    server._usual = answer  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url, direction="query"))
+    assert health.ok, health
+
+
+def test_check_of_a_server_that_ignores_the_limit(server: Scripted) -> None:
+    """Its list of studies is as long as a query reads."""
+    row = {"0020000D": {"vr": "UI", "Value": ["1.2.3"]}}
+    body = as_json([row]) + b" " * (17 << 20)
+    usual = server._search
+    server._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(200, body) if segments == ["studies"] else usual(segments, query)
+    )
+    assert check(dicomweb_target(server.url, direction="query")).ok
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (Reply(406), "406 Scripted; it can't give its answer as DICOM files here"),
+        (Reply(200, b"<title>Sign in</title>", "text/html"), "text/html instead of DICOM files ('Sign in')"),
+        (Reply(200, as_json({"message": "offline"}), "application/json"), "json instead of DICOM files ('offline')"),
+        (Reply(200), "of no type instead of DICOM files"),
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_check_says_what_came_instead_of_instances(server: Scripted, reply: Reply, words: str, *, empty: bool) -> None:
+    if not empty or reply.status == 406:  # which says nothing of what is not there
+        hold(server, studies.ct_bytes())
+    server._retrieve = lambda segments: reply  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url, direction="query"))
+    assert names(health, "failed") == ["wado"]
+    assert words in str(health.error) and "JSON or XML" not in str(health.error)
 
 
 def test_check_nobody_there() -> None:
