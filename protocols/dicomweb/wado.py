@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imaging.header import UID, Header
+from protocols.dicomweb import qido, wado_uri
 from protocols.dicomweb import service as dicomweb
-from protocols.dicomweb import wado_uri
 from protocols.dicomweb.service import Service
 from protocols.dicomweb.wado_request import ACCEPTS, NoService, Unable, fetch, spooled
 from protocols.files import partial
@@ -25,6 +25,7 @@ from protocols.files.instances import here
 from protocols.net.connection import SLICE_S
 from transfer.errors import (
     Busy,
+    Cancelled,
     Denied,
     DispatchError,
     Interrupted,
@@ -41,6 +42,7 @@ from transfer.throttle import Throttle
 
 HOPELESS = 3  # failures, one after the other, until a server counts as broken
 MOST_BUSY = 10  # likewise, if it has given something before
+MANY_DENIED = 50  # after so many more it is asked again whether it lets us in at all
 TRIES = 3  # of one instance over links that break
 # What a server says of a series or an instance may hold for that alone; these for good.
 LASTING = (NotFound, Misconfigured, Denied)
@@ -267,10 +269,8 @@ class WadoRetrieval:
             refusal = self._fetch(job)
         if isinstance(refusal, LASTING):
             self._refused[job.series.uid, job.instance] = refusal.message
-            with self._lock:
-                self._denied += isinstance(refusal, Denied)
-                if self._denied >= HOPELESS and not self._came:
-                    raise refusal
+            if isinstance(refusal, Denied) and self._is_shut_out():
+                raise refusal
         elif refusal is not None:
             with self._lock:
                 self._unable += not isinstance(refusal, Interrupted)
@@ -286,6 +286,25 @@ class WadoRetrieval:
             else:
                 self._lost.append(refusal)
         return []
+
+    def _is_shut_out(self) -> bool:
+        """Return whether the server lets us in no more, after another instance that is denied."""
+        with self._lock:
+            self._denied += 1
+            denied, came = self._denied, self._came
+        if denied < HOPELESS or not came:
+            return denied >= HOPELESS
+        if denied % MANY_DENIED != HOPELESS:
+            return False
+        try:
+            qido.probe(self.service)
+        except Denied:
+            return True
+        except Cancelled:
+            raise
+        except DispatchError:
+            pass
+        return False
 
     def _finds_uri(self, job: _Job) -> bool:
         """Return whether an instance that WADO-RS doesn't give is given by WADO-URI, if that can be."""

@@ -458,6 +458,34 @@ def test_retrieve_what_is_denied_as_a_whole(server: Scripted, tmp_path: Path) ->
     assert len([r for r in server.of("GET") if "dicom+json" not in r.headers["accept"]]) < 10
 
 
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("rows", [True, False], ids=["listed", "one by one"])
+def test_retrieve_where_credentials_are_refused_midway(
+    server: Scripted, tmp_path: Path, status: int, *, rows: bool
+) -> None:
+    """A password that was changed, a token that was withdrawn: that holds for all that is left."""
+    study = studies.uid(56)
+    uids = [uid for _ in range(4) for uid in hold(server, *series_of(10, study=study))]
+    usual, given = server._usual, [0]
+
+    def answer(request: Request) -> Reply:
+        if 'dicom"' in request.headers["accept"] and not rows and request.path.count("/") == 5:
+            return Reply(504)
+        if given[0] >= (1 if rows else 5):
+            return Reply(status, PAGE, "text/html")
+        given[0] += 'application/dicom"' in request.headers["accept"]
+        return usual(request)
+
+    server._usual = answer  # type: ignore[method-assign]
+    with pytest.raises(Denied, match=str(status)):
+        fetched(server, tmp_path / "out", concurrency=2)
+    assert 0 < len(files(tmp_path / "out")) < len(uids)
+    asked = [r for r in server.of("GET") if "dicom+json" not in r.headers["accept"]]
+    assert len(asked) < len(files(tmp_path / "out")) + 12
+    server._usual = usual  # type: ignore[method-assign]
+    assert fetched(server, tmp_path / "out").state is State.DELIVERED
+
+
 def test_retrieve_from_a_server_that_is_broken(server: Scripted, tmp_path: Path) -> None:
     hold(server, *series_of(40))
     server._retrieve = lambda segments: Reply(500)  # type: ignore[method-assign]
