@@ -7,7 +7,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -52,6 +52,13 @@ R = TypeVar("R")
 LOOK_S = 0.5  # between two looks whether a source was changed on this machine
 ELSEWHERE_S = 60.0  # and whether it was from another one
 SETTLING = b"settling"  # in the file of the lock, while a sweep has it that does nothing else
+# What a sweep must not go on without, by how people are told that it was changed; it would take minutes to its end.
+HEEDED: Mapping[str, Callable[[Source], object]] = {
+    "what becomes of files that were delivered was": lambda source: source.leaving,
+    "its targets were": lambda source: (source.reaches, getattr(source, "routes", ())),
+    "its folder was": lambda source: (source.folders, getattr(source, "file", "")),
+    "what is left out was": lambda source: source.globs,
+}
 LATE_S = 60.0  # of a sweep, after which others of its source may be due as well: nobody was there to begin them
 
 
@@ -129,9 +136,8 @@ async def _why_over(client: PrefectClient, source: Source) -> str:
         return f"the source was changed: {exc.message}"
     if not now.enabled:
         return "the source was paused"
-    if now.leaving != source.leaving:
-        return "what becomes of files that were delivered was changed: the next sweep goes on"
-    return ""
+    what = next((words for words, of in HEEDED.items() if of(now) != of(source)), "")
+    return f"{what} changed: the next sweep goes on" if what else ""
 
 
 async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish: _Wish) -> RunState[Any]:

@@ -21,17 +21,16 @@ from blocks import Source, Target
 from blocks.dicom_source import DicomSource
 from blocks.inbox import InboxSource, Late
 from blocks.list_source import ListSource
-from blocks.source import After, FileSource
+from blocks.source import After
 from tasks import DRIVERS
 from tasks.dispatch.known import is_own_place
 from tasks.happened import happened
 from tasks.names import split
-from tasks.sources import after, again, beside, inbox, units, writers
+from tasks.sources import after, again, asked, beside, inbox, units, writers
 from tasks.sources.swept import Swept
 from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun, failure
 from transfer import unitlist
-from transfer.accessions import pasted
 from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -199,7 +198,7 @@ class Sweep:
     def _let_go_of(self, rows: list[UnitRow], mark: str, folder: str, end: EndedRun, *, leave: bool) -> None:
         """Do so with the units of one list."""
         name, done = self.source.name, UnitState.DONE
-        listed, asked = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
+        listed, kept = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
         for row in rows:
             self.check()
             if time.monotonic() > self._until and self.done.counts[done]:
@@ -208,7 +207,7 @@ class Sweep:
             if row.unit in self._older and not leave:
                 now = self._goes_later(row, beside.WORDS, "")
             elif row.unit in listed:
-                now = self._finished(row, folder, listed[row.unit], end.study(row.unit) or {}, asked)
+                now = self._finished(row, folder, listed[row.unit], end.study(row.unit) or {}, kept)
             else:  # the list is gone: nobody knows what the files were
                 words = "" if leave else "its files stay: the list of them is gone"
                 now = row.now(done, words, batch="")
@@ -218,7 +217,7 @@ class Sweep:
             self.book.save(name, [now])
 
     def _finished(
-        self, row: UnitRow, folder: str, unit: ListedUnit, study: Mapping[str, Any], asked: Mapping[str, Any]
+        self, row: UnitRow, folder: str, unit: ListedUnit, study: Mapping[str, Any], parameters: Mapping[str, Any]
     ) -> UnitRow:
         """Move or delete the files of one unit; return its row after that.
 
@@ -230,7 +229,7 @@ class Sweep:
             if self.source.leaving.after is After.LEAVE:
                 after.restore(folder, unit)
                 return row.now(done, batch="")
-            confirmed = self._confirmed(unit, study, asked)
+            confirmed = self._confirmed(unit, study, parameters)
             left = after.finish(self.source, folder, unit, row.fingerprint, confirmed, self.check)
             self._put_back |= left.put_back if left.passing else {}
         except Cancelled:
@@ -279,15 +278,15 @@ class Sweep:
             return {}
 
     def _confirmed(
-        self, unit: ListedUnit, study: Mapping[str, Any], asked: Mapping[str, Any]
+        self, unit: ListedUnit, study: Mapping[str, Any], parameters: Mapping[str, Any]
     ) -> Callable[[FileFacts], bool]:
         """Return what says whether every target has confirmed a file, at the level that it demands.
 
         These are the targets that it was sent to, and those that its source has now.
         """
         held = []
-        origin = Origin(*(str(asked.get(name, "")) for name in ("sender_aet", "receiver_aet", "sender_host")))
-        names = {*self.source.targets, *asked.get("targets", ()), *study.get("targets", ())}
+        origin = asked.origin_of(parameters)
+        names = {*self.source.targets, *parameters.get("targets", ()), *study.get("targets", ())}
         for name in {split(one)[1] for one in names}:
             target, receipt = self.targets.get(name), study.get("targets", {}).get(name)
             if target is None or receipt is None or receipt["state"] != State.DELIVERED:
@@ -437,28 +436,13 @@ class Sweep:
             raise Misconfigured("no route leads to a target")
         mark = uuid.uuid4().hex
         writer = unitlist.Writer(unitlist.place(self.home, self.source.name, mark))
-        parameters = {
-            "paths": [str(writer.path)],
-            "targets": list(targets),
-            "exclude": self.source.exclude,
-            "priority": str(self.source.priority),
-            "sender_aet": origin.sender_aet,
-            "receiver_aet": origin.receiver_aet,
-            "sender_host": origin.sender_host,
-            "force": force,
-            "copy_first": isinstance(self.source, FileSource) and self.source.copy_first,
-            "each": "unit",
-        }
-        return _Batch(mark, writer, parameters)
+        return _Batch(mark, writer, asked.parameters(self.source, writer.path, targets, origin, force=force))
 
     def _close(self, batch: _Batch) -> _Batch:
         batch.writer.close()
         if isinstance(self.source, ListSource) and self.source.query:
-            batch.parameters = {
-                "source": self.source.query,
-                "accessions": pasted(row.unit for row in batch.rows),
-                **{name: batch.parameters[name] for name in ("targets", "priority")},
-            }
+            numbers = (row.unit for row in batch.rows)
+            batch.parameters = asked.of_numbers(self.source.query, numbers, batch.parameters)
         unitlist.keep(batch.writer.path, batch.parameters)
         self.book.save(self.source.name, [*batch.rows, *batch.older])
         return batch
@@ -469,11 +453,15 @@ class Sweep:
         self.done.runs[run] = self.done.runs.get(run, 0) + count
 
     async def _create_again(self, mark: str) -> None:
-        """Create the run of a batch of which nobody knows whether it was created."""
+        """Create the run of a batch of which nobody knows whether it was created, if its source would still ask for it.
+
+        Else its units are chosen anew: to those whom they were to go to before somebody edited the source, none goes.
+        """
         rows = [row for row in self.book.units(self.source.name, UnitState.DISPATCHED).values() if row.batch == mark]
         parameters = unitlist.kept(unitlist.place(self.home, self.source.name, mark))
-        if parameters is None:
-            self.book.forget(self.source.name, [row.unit for row in rows])
+        if parameters is None or not asked.is_still_so(self.source, parameters, self._listed(mark).values()):
+            failed = [row.now(UnitState.FAILED) for row in rows]
+            again.forget(self.home, self.book, self.source.name, failed)
         else:
             await self._create(mark, parameters, len(rows))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -78,8 +79,11 @@ def change(bench: Bench, saved: list[Source], to: list[Source]) -> None:
         (lambda bench: [bench.named(after="delete", enabled=False)], "the source was paused"),
         (lambda bench: [], "the source was removed"),
         (lambda bench: [bench.named(after="leave")], "was changed: the next sweep goes on"),
+        (lambda bench: [bench.named(after="delete", targets=["shelf", "other"])], "its targets were changed"),
+        (lambda bench: [bench.named(after="delete", folder=f"{bench.inbox}2")], "its folder was changed"),
+        (lambda bench: [bench.named(after="delete", exclude="*.tmp")], "what is left out was changed"),
     ],
-    ids=["paused", "removed", "left alone"],
+    ids=["paused", "removed", "left alone", "targets", "folder", "exclude"],
 )
 def test_nothing_more_is_deleted(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, to: Callable[[Bench], list[Source]], words: str
@@ -144,6 +148,49 @@ def test_nothing_more_is_dispatched_and_what_was_chosen_is_by_the_next_sweep(
     swept(bench, monkeypatch, saved)
     (asked,) = cast("list[Mapping[str, Any]]", list(bench.asked.values()))
     assert asked["targets"] == ["shelf"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent", "forced"),
+    [
+        ({"targets": ["other"]}, {"other": 2}, [False]),
+        ({"exclude": "*2.dcm"}, {"shelf": 1}, [False]),
+        ({"folder": "{}2"}, {}, []),
+        ({"contact": "pacs@example.org"}, {"shelf": 2}, [False]),
+        ({"targets": ["other"], "late": "resend"}, {"other": 3}, [True]),
+    ],
+    ids=["targets", "exclude", "folder", "contact", "late files"],
+)
+def test_what_was_chosen_goes_where_its_source_sends_it_now(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], sent: dict[str, int], forced: list[bool]
+) -> None:
+    """A sweep that ended before it had created its runs left them to the next one, to whomever they were for."""
+    bench.targets["other"] = bench.target("other")
+    bench.source = bench.named(targets=["shelf"], late=fields.pop("late", "append"))
+    material.ct(bench.inbox / "one", 1 if forced == [True] else 2)
+    if forced == [True]:
+        bench.all()
+        material.ct(bench.inbox / "one" / "late", 2)
+        shutil.rmtree(bench.at("shelf"))
+        bench.at("shelf").mkdir()
+
+    async def ended(*asked: Any) -> None:
+        raise Cancelled("the source was paused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "create", ended)
+        with pytest.raises(Cancelled):
+            bench.sweep()
+    if "folder" in fields:
+        fields["folder"] = fields["folder"].format(bench.inbox)
+        Path(fields["folder"]).mkdir()
+    bench.source = bench.named(**{"targets": ["shelf"], "late": bench.source.late, **fields})
+    bench.sweep()
+    assert [asked["force"] for asked in bench.asked.values()] == forced
+    bench.dispatch()
+    bench.sweep()
+    there = {name: sum(one.is_file() for one in bench.at(name).rglob("*.dcm")) for name in bench.targets}
+    assert {name: count for name, count in there.items() if count} == sent
 
 
 @pytest.mark.parametrize("event", [running.flag, running.pause])
