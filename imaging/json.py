@@ -31,12 +31,12 @@ def parse(body: bytes) -> list[Attributes]:
 
 
 def data_sets(document: Any) -> list[Attributes]:
-    """Return the data sets of a JSON document; one alone need not be in a list.
+    """Return the data sets of a JSON document; one alone need not be in a list, and null (as Go writes it) is none.
 
     Raises:
         ValueError: it is not DICOM JSON.
     """
-    document = document if isinstance(document, list) else [document]
+    document = document if isinstance(document, list) else [] if document is None else [document]
     if not all(isinstance(one, dict) for one in document):
         raise ValueError("not DICOM JSON")
     return [{str(tag).upper(): element for tag, element in one.items()} for one in document]

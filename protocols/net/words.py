@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from html.parser import HTMLParser
 
@@ -12,15 +13,20 @@ QUOTE_CHARS = 120  # of a peer's own words in a message
 READ_CHARS = 20_000  # of its page that are looked at
 # Members of JSON error documents: Orthanc, dcm4chee, Google, Azure, RFC 9457 and RFC 6749.
 _JSON_KEYS = ("message", "details", "detail", "error_description", "error", "errormessage", "title", "reason")
+_DATA = re.compile(r"""\0|"[0-9A-Fa-f]{8}"\s*:|<(?:\w+:)?(?:NativeDicomModel|DicomAttribute)\b""")
 
 
 def excerpt(body: bytes, media_type: str, hidden: Iterable[str] = ()) -> str:
     """Return the gist of an error document: text of HTML and XML, the members of JSON that explain it.
 
+    "" for what may be data of patients: what is not text, DICOM JSON and the Native DICOM Model.
+
     Args:
         hidden: values that must not show: secrets, and what names a patient.
     """
-    text = body[: READ_CHARS * 4].decode("utf-8", "replace")[:READ_CHARS].strip()
+    text = body[: READ_CHARS * 4].decode("utf-8", "replace")[:READ_CHARS].strip().strip("\0")
+    if _DATA.search(text):
+        return ""
     if "json" in media_type or text[:1] in ("{", "[", '"'):
         text = _json(text)
     elif "html" in media_type or "xml" in media_type or text[:1] == "<":

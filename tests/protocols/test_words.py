@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from protocols.net.hiding import forms, hiding, quieted
-from protocols.net.words import clean
+from protocols.net.words import clean, excerpt
+from talaria.testing.studies import dataset, encoded
+from tests.servers.dicomweb import as_json, as_xml
 from transfer.errors import Busy
 
 
@@ -36,6 +38,35 @@ def test_hidden_values(said: str, hidden: set[str], shown: str) -> None:
 )
 def test_hidden_parts_of_paths(said: str, shown: str) -> None:
     assert hiding(values={"pw"}, parts={"7", "Li", "MUELLER^HANS", ""})(said) == shown
+
+
+NAMED = {"00100010": {"vr": "PN", "Value": [{"Alphabetic": "Li^Wu"}]}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(encoded(dataset(PatientName="Li^Wu")), id="DICOM file"),
+        pytest.param(b"\x10\0\x10\0\x06\0\0\0Li^Wu ", id="data set"),
+        pytest.param(
+            b"--b\r\nContent-Type: application/dicom\r\n\r\n\x10\0\x10\0\x06\0\0\0Li^Wu \r\n--b--", id="parts"
+        ),
+        pytest.param(as_json([NAMED]), id="JSON"),
+        pytest.param(as_json([NAMED] * 1000), id="much JSON"),
+        pytest.param(as_json([NAMED])[:-3], id="JSON that is cut"),
+        pytest.param(as_json({"error": NAMED}), id="JSON within JSON"),
+        pytest.param(as_xml({"00100020": {"vr": "LO", "Value": ["Li^Wu"]}}), id="XML"),
+        pytest.param(
+            b"--b\r\n\r\n" + as_xml({"00100020": {"vr": "LO", "Value": ["Li^Wu"]}}) + b"\r\n--b--", id="parts of XML"
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "text/html", "application/json", "application/xml", "multipart/related"]
+)
+def test_data_of_patients_is_no_word_of_a_server(body: bytes, kind: str) -> None:
+    """As where they come under another type than was asked for, or cut."""
+    assert "Li" not in excerpt(body, kind)
 
 
 def test_an_error_and_its_origin_are_quieted() -> None:

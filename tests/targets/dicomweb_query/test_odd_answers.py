@@ -11,7 +11,7 @@ import pytest
 
 from imaging.query import Query
 from talaria.testing import studies
-from tests.servers.dicomweb import Reply, Scripted, as_json
+from tests.servers.dicomweb import JSON, Reply, Scripted, as_json
 from tests.targets.dicomweb_query.fetching import fetched, series_of
 from tests.targets.dicomweb_query.finding import files, found, hold
 from transfer.errors import Misconfigured
@@ -58,6 +58,12 @@ def test_values_that_are_padded_or_in_no_list(
     assert match.StudyInstanceUID == other and match.attributes["AccessionNumber"] == "A-1"
     assert fetched(server, tmp_path / "out").state is State.DELIVERED
     assert set(files(tmp_path / "out")) == set(uids)
+
+
+@pytest.mark.parametrize("body", [b"null", b"[]", b""])
+def test_forms_of_no_result(server: Scripted, body: bytes) -> None:
+    server._search = lambda segments, query: Reply(200, body, headers={"Content-Type": JSON})  # type: ignore[method-assign]
+    assert found(server) == []
 
 
 def test_results_that_all_lack_their_uid_are_not_taken_for_none(server: Scripted) -> None:
