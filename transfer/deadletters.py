@@ -36,7 +36,8 @@ from transfer.plan import Plan
 from transfer.staging import discard
 
 FAILED, FILES, SOURCE = "failed", "files", "source.json"
-_READ = re.compile(rf"/{FAILED}/([^/]+)/{FILES}(/|$)")
+# Of a path that is kept: the id of a run, or that of what a run was lent. Nothing else is a name: ".." is none.
+_READ = re.compile(rf"/{FAILED}/([0-9a-f]{{8}}(?:-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})/{FILES}(/|$)")
 
 
 def keep(home: Home, run_id: str, plan: Plan, source: Path) -> str:
@@ -183,9 +184,13 @@ def _linked(source: str, to: str) -> str:
     return to
 
 
-def read_by(paths: Iterable[str]) -> set[str]:
-    """Return the names of what is kept that a dispatch of these paths reads: of runs, or of what it was lent."""
-    return {found[1] for path in paths if (found := _READ.search(path))}
+def read_by(paths: Iterable[object]) -> set[str]:
+    """Return the names of what is kept that a dispatch of these paths reads: of runs, or of what it was lent.
+
+    Args:
+        paths: as whoever made the run has written them, whatever that is.
+    """
+    return {found[1] for path in paths if (found := _READ.search(str(path)))}
 
 
 def forget(home: Home, run_id: str, paths: Iterable[str] = ()) -> None:
@@ -195,7 +200,8 @@ def forget(home: Home, run_id: str, paths: Iterable[str] = ()) -> None:
         paths: those that it was asked for.
     """
     discard(folder_of(home, run_id))
-    for name in read_by(paths):
+    below = f"{home.root}/{FAILED}/"
+    for name in read_by(path for path in paths if path.startswith(below)):
         if not (folder_of(home, name) / SOURCE).exists():
             discard(folder_of(home, name))
 

@@ -157,6 +157,19 @@ def test_what_another_dispatch_is_to_send_stays_when_its_own_is_delivered(home: 
     assert deadletters.clear(home, time.time() + 9) == 1
 
 
+@pytest.mark.parametrize("way", ["..", ".", "../..", "{run}/../..", "no-run", "{lent}"])
+def test_what_a_path_of_somebody_elses_looks_like_is_not_removed(home: Home, tmp_path: Path, way: str) -> None:
+    """Of a delivered dispatch of `/data/failed/../files`, all of the state directory was removed."""
+    lent = home.root / "failed" / RUN.replace("7", "8")
+    studies.ct(lent / "files", 1)
+    (home.root / "ledger.sqlite").write_bytes(b"kept")
+    before = sorted(home.root.rglob("*"))
+    path = f"{tmp_path}/data/failed/{way.format(run=RUN, lent=lent.name)}/files"
+    deadletters.forget(home, RUN, [path, path + "/"])
+    assert sorted(home.root.rglob("*")) == before
+    assert deadletters.read_by([1, None, {}]) == set(), "a run of another flow may have anything there"
+
+
 def test_single_files_and_several_paths_are_kept_for_another_dispatch(home: Home, tmp_path: Path) -> None:
     studies.ct(tmp_path / "outside", 1)
     studies.ct(home.root / "uploads" / "1a2b" / "files", 2)
