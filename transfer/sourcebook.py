@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS sweeps (
   waiting BIGINT NOT NULL, detail TEXT NOT NULL) WITHOUT ROWID;
 """
 PAGE = 2000  # rows that are read at once
-OLDER = "\n"  # ends a unit's key, before a run's, in the row of an older dispatch of it; no key of a unit has it
+_OLDER = "\n"  # ends a unit's key, before a run's, in the row of an older dispatch of it; no key of a unit has it
 
 
 class UnitState(StrEnum):
@@ -64,6 +64,21 @@ class UnitRow:
     def now(self, state: UnitState, detail: str = "", **more: Any) -> UnitRow:
         """Return the row in another state."""
         return replace(self, state=state, detail=detail, **more)
+
+
+def older_key(unit: str, run: str) -> str:
+    """Return the key of a row for an older dispatch of a unit, by a run that has not ended."""
+    return f"{unit}{_OLDER}{run}"
+
+
+def is_older(key: str) -> bool:
+    """Return True if a row's key is that of an older dispatch of a unit, which has another row."""
+    return _OLDER in key
+
+
+def unit_of(key: str) -> str:
+    """Return the key of the unit that a row belongs to."""
+    return key.partition(_OLDER)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +136,7 @@ class Sourcebook:
         with self._db.reading():
             for source, state, count in self._db.execute(
                 "SELECT source, state, count(*) FROM units WHERE unit NOT LIKE ? GROUP BY source, state",
-                (f"%{OLDER}%",),
+                (f"%{_OLDER}%",),
             ):
                 found.setdefault(source, {})[state] = int(count)
         return found

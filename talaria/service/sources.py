@@ -33,7 +33,7 @@ from transfer import listening, unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
-from transfer.sourcebook import OLDER, Sourcebook, UnitState
+from transfer.sourcebook import Sourcebook, UnitState, is_older
 
 ENDS_S, LOOK_S = 10.0, 0.1  # for a sweep of a source that is removed to end: it may be moving a large file
 SHOWN = 50  # units that failed, or are held, in the JSON of one source
@@ -94,7 +94,7 @@ async def show_source(office: Office, name: str, given: bool = False) -> dict[st
     values: dict[str, Any] = values_of(source, secrets=True) if given else all_values_of(source)
     rows, row = await asyncio.to_thread(_read, office, lambda book: (book.units(source.name), book.sweep(source.name)))
     elsewhere = await belonging.elsewhere(office.client)
-    counts = Counter(one.state for key, one in rows.items() if OLDER not in key)
+    counts = Counter(one.state for key, one in rows.items() if not is_older(key))
     bad = [one for one in rows.values() if one.state in (UnitState.FAILED, UnitState.HELD) or one.detail]
     return {
         "name": source.name,
@@ -383,7 +383,7 @@ def _tested(
                 before = known.get(unit.key)
                 if unit.problem:
                     held.append(f"{unit.name}: {unit.problem}")
-                elif before and before.fingerprint == unit.fingerprint:
+                elif before and again.is_known(before, unit.fingerprint, unit.newest, time.time()):
                     found["known"] += 1
                 else:
                     settled = unit.newest + float(getattr(source, "settle_s", 0.0)) <= time.time()

@@ -13,7 +13,7 @@ from blocks.inbox import Late
 from blocks.source import Source
 from tasks.sources import again
 from tasks.sources.units import Unit
-from transfer.sourcebook import OLDER, Sourcebook, UnitRow
+from transfer.sourcebook import Sourcebook, UnitRow, is_older, older_key, unit_of
 
 RESTS_S = 300.0  # since it was dispatched, after which a unit goes beside a run that rests
 MOST = 10  # runs of one unit: each has all of its files
@@ -33,7 +33,7 @@ def older(unit: Unit, row: UnitRow, count: int, resting: Collection[str], now: f
         return None
     if count >= MOST:
         return None
-    return replace(row, unit=f"{unit.key}{OLDER}{row.run}")
+    return replace(row, unit=older_key(unit.key, row.run))
 
 
 def without_older(
@@ -45,7 +45,7 @@ def without_older(
         By run, the rows of the newest dispatches of units; and the keys of units that an older one is still to send.
     """
     every = [(run, row) for run, rows in by_run.items() for row in rows]
-    if gone := [row.unit for run, row in every if OLDER in row.unit and run in ended]:
+    if gone := [row.unit for run, row in every if is_older(row.unit) and run in ended]:
         book.forget(source, gone)
-    left = {row.unit.partition(OLDER)[0] for run, row in every if OLDER in row.unit and run not in ended}
-    return {run: [row for row in rows if OLDER not in row.unit] for run, rows in by_run.items()}, left
+    left = {unit_of(row.unit) for run, row in every if is_older(row.unit) and run not in ended}
+    return {run: [row for row in rows if not is_older(row.unit)] for run, rows in by_run.items()}, left

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import repeat
 from typing import Any
 
 from blocks import Source, Target
@@ -37,7 +38,7 @@ from transfer.ledger import Ledger
 from transfer.oserrors import passes, words_of
 from transfer.plan import Origin
 from transfer.receipt import Level, State
-from transfer.sourcebook import OLDER, UnitRow, UnitState
+from transfer.sourcebook import UnitRow, UnitState, is_older, unit_of
 from transfer.unitlist import FileFacts, ListedUnit
 
 FLOOD = 250  # units of one dispatch: its receipts stay handy, and one that fails is soon seen
@@ -89,7 +90,7 @@ class Sweep:
         self._put_back = dict[str, FileFacts]()  # what files of the list at hand are now that could not go
         self._open = dict[str, str]()  # units of whose files some are to go with a later sweep, with the reason
         self._resting = set[str]()  # runs that wait, as for a target that does not answer
-        self._until = math.inf  # until when files are let go, in monotonic seconds
+        self._until, self._tried = math.inf, 0  # `time.monotonic` until which units' files are let go; units so far
         self._older = set[str]()  # units that an older dispatch is to send as well
         self._read: tuple[str, dict[str, ListedUnit]] = "", {}  # the list that was read last, by its mark
 
@@ -138,21 +139,25 @@ class Sweep:
             await self._create_again(mark)
         ended = await self.dispatching.ended(list(by_run)) if by_run else {}
         newest, self._older = beside.without_older(self.book, self.source.name, by_run, ended)
+        arrived = list[UnitRow]()
         for run, end in ended.items():
-            await asyncio.to_thread(self._settle, newest[run], end)
-        if delivered:  # a sweep was killed before it had dealt with their files, or could not
-            again = await self.dispatching.ended(list({row.run for row in delivered}))
-            left: dict[str, list[UnitRow]] = defaultdict(list)
-            for row in delivered:
-                left[row.run].append(row)
-            for run, some in left.items():  # whose lists are read, and written anew, once for all of them
-                await asyncio.to_thread(self._let_go, some, again.get(run, EndedRun(gone=True)), killed=True)
+            arrived += await asyncio.to_thread(self._settle, newest[run], end)
+        # Of some a sweep was killed before it had dealt with their files, or could not.
+        before = await self.dispatching.ended(list({row.run for row in delivered})) if delivered else {}
+        lists: dict[tuple[str, str, bool], list[UnitRow]] = defaultdict(list)
+        for row, killed in (*zip(delivered, repeat(True)), *zip(arrived, repeat(False))):
+            lists[row.run, row.batch, killed].append(row)
+        # What was tried last is the last again: else it would keep the others waiting, where each takes its time.
+        for (run, _, killed), some in sorted(lists.items(), key=lambda one: min(row.time for row in one[1])):
+            end = ended.get(run) or before.get(run, EndedRun(gone=True))
+            await asyncio.to_thread(self._let_go, sorted(some, key=lambda row: row.time), end, killed=killed)
         return by_run.keys() - ended.keys()
 
-    def _settle(self, rows: list[UnitRow], end: EndedRun) -> None:
+    def _settle(self, rows: list[UnitRow], end: EndedRun) -> list[UnitRow]:
+        """Save what became of the units of a run that has ended; return the rows of those that were delivered."""
         if end.gone:  # its run was removed: what has arrived is in the ledger, the rest is dispatched again
             self.book.forget(self.source.name, [row.unit for row in rows])
-            return
+            return []
         arrived, failed, new = list[UnitRow](), list[UnitRow](), list[UnitRow]()
         for row in rows:
             study, (mark, tries) = end.study(row.unit), again.parted(row.fingerprint)
@@ -173,27 +178,34 @@ class Sweep:
             self.done.counts[UnitState.FAILED] += len(new)
             count = "1 unit was" if len(new) == 1 else f"{len(new)} units were"
             self._stuck(f"{count} not delivered", new[0].run, new)
-        self._let_go(arrived, end)
+        return arrived
 
-    def _let_go(self, rows: Collection[UnitRow], end: EndedRun, *, killed: bool = False) -> None:
-        """Move or delete the files of units that were delivered, if every target has confirmed them.
+    def _let_go(self, rows: list[UnitRow], end: EndedRun, *, killed: bool) -> None:
+        """Move or delete the files of units of one list that were delivered, if every target has confirmed them.
 
         Args:
             killed: whether another sweep has begun with it: it may have left files under our name.
         """
         name, done = self.source.name, UnitState.DONE
-        folder, leave = units.root(self.source) if rows else "", self.source.leaving.after is After.LEAVE
+        folder, leave = units.root(self.source), self.source.leaving.after is After.LEAVE
         if not folder or (leave and not killed):
             self.done.counts[done] += len(rows)
             self.book.save(name, [row.now(done, batch="") for row in rows])
-            return
-        for mark in {row.batch for row in rows}:
+        elif not self._is_for_the_next(rows[0]):
             try:
-                self._let_go_of([row for row in rows if row.batch == mark], mark, folder, end, leave=leave)
+                self._let_go_of(rows, rows[0].batch, folder, end, leave=leave)
             finally:
                 if self._put_back:
-                    unitlist.amend(unitlist.place(self.home, name, mark), self._put_back)
+                    unitlist.amend(unitlist.place(self.home, name, rows[0].batch), self._put_back)
                     self._put_back.clear()
+
+    def _is_for_the_next(self, row: UnitRow) -> bool:
+        """Return True if the time for letting files go is over, so that the next sweep goes on with this unit."""
+        if time.monotonic() <= self._until or not self._tried:
+            return False
+        if self.done.counts[UnitState.DONE] or not row.detail.startswith(LATER):
+            self.done.next = time.time()  # else what was tried is the next, in its own time
+        return True
 
     def _let_go_of(self, rows: list[UnitRow], mark: str, folder: str, end: EndedRun, *, leave: bool) -> None:
         """Do so with the units of one list."""
@@ -201,9 +213,9 @@ class Sweep:
         listed, kept = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
         for row in rows:
             self.check()
-            if time.monotonic() > self._until and self.done.counts[done]:
-                self.done.next = time.time()  # the next sweep goes on
+            if self._is_for_the_next(row):
                 return
+            self._tried += 1
             if row.unit in self._older and not leave:
                 now = self._goes_later(row, beside.WORDS, "")
             elif row.unit in listed:
@@ -304,7 +316,7 @@ class Sweep:
         """Look through the source, write down what is ready, and return it."""
         source = self.source
         known, now = self.book.units(source.name), time.time()
-        ran = Counter(one.partition(OLDER)[0] for one in known if OLDER in one)
+        ran = Counter(unit_of(key) for key in known if is_older(key))
         open_, whole = dict[tuple[Any, ...], _Batch](), list[_Batch]()
         held: dict[str, list[UnitRow]] = defaultdict(list)
         seen, coming = set[str](), set[str]()  # units that are there, and those that are, or will be, under way

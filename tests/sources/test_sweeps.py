@@ -435,6 +435,31 @@ def test_what_has_come_does_not_wait_for_what_is_moved(
     assert sorted(bench.states().values()) == ["dispatched", *["done"] * 4]
 
 
+def test_what_is_moved_in_vain_does_not_keep_the_rest_waiting(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NAS that is full says so only when most of a file is there: all of a backlog was tried in one sweep."""
+    bench.source = bench.named(after="move", move_to=str(bench.folder / "sent"))
+    for name in "abc":  # three lists
+        material.ct(bench.inbox / name, 1)
+        bench.sweep()
+    bench.dispatch()
+    read, reads, tried = unitlist.read, list[object](), list[str]()
+
+    def fails(folder: int, taken: str, tree: Any, final: str) -> None:
+        tried.append(final[0])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sweep, "LET_GO_S", 0.0)
+    monkeypatch.setattr(after, "_move", fails)
+    monkeypatch.setattr(unitlist, "read", lambda path: reads.append(path) or read(path))
+    material.ct(bench.inbox / "new", 1)
+    done = bench.sweep()
+    assert sum(done.runs.values()) == 1 and len(tried) == 1 and len(reads) == 2  # of one list, and to write it anew
+    assert 0 < done.next <= time.time()
+    for _ in range(3):
+        done = bench.sweep()
+    assert sorted(tried[:3]) == ["a", "b", "c"] and tried[3] == tried[0] and done.next > time.time() + 60
+
+
 @pytest.mark.parametrize("late", ["append", "resend", "hold"])
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_what_is_half_moved_when_the_time_is_over_is_not_late(

@@ -391,7 +391,15 @@ def test_what_could_not_be_read_by_its_permissions_goes_when_these_are_changed(
     bench.all()
     bench.all()
     assert len(bench.done) == 1 and told(bench) == 1
+
+    def would_go() -> int:
+        office: Any = SimpleNamespace(home=bench.home)
+        found = sources._tested(office, bench.source, [bench.source], [*bench.targets.values()], bench.source, {})
+        return int(found["units"]["ready"])
+
+    assert would_go() == 0
     file.chmod(0o644)
+    assert would_go() == 1, "what a test of the source says is what the next sweep does"
     bench.all()
     bench.all()
     assert len(bench.done) == 2 and set(bench.states().values()) == {"done"} and delivered(bench) == 2
