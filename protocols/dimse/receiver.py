@@ -78,7 +78,7 @@ class Receiver:
         self._open = 0
         self._lock = threading.Lock()  # so that news come before the end that they belong to
         self._busy = threading.Event()
-        logging.basicConfig(level=logging.INFO, handlers=[_Forwarded(self._say)], force=True)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Forwarded(self._say)], force=True)
 
     def run(self) -> None:
         """Serve until the channel ends, and then break what is open."""

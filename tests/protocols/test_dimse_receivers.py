@@ -46,7 +46,10 @@ def is_there(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
 
 
-def test_associations_that_are_open_at_once_are_spread(others: Receivers, tmp_path: Path) -> None:
+def test_associations_that_are_open_at_once_are_spread(
+    others: Receivers, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     with listening(tmp_path / "home", receivers=others, most=6, settle_s=3600) as there, ExitStack() as stack:
         senders = [stack.enter_context(closing(PlainSender(there.port, f"CT{n}"))) for n in range(6)]
         assert refusal(there.port) == (2, 3, 2)  # a limit of all processes
@@ -63,6 +66,8 @@ def test_associations_that_are_open_at_once_are_spread(others: Receivers, tmp_pa
         stack.close()
         until(lambda: there.scp.connections == 0)
         counts = there.reception.counts
+        said = [one.getMessage() for one in caplog.records if one.name == "protocols.dimse.receiver"]
+        assert said and all(one.startswith("association from 127.0.0.1 ended: CT") for one in said)
         assert (counts.instances, counts.duplicates, counts.failed, counts.associations) == (18, 1, 1, 6)
         assert counts.bytes == sum(path.stat().st_size for path in there.folder.rglob("*.dcm"))
         assert there.reception.settled() == []
