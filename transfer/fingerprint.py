@@ -6,8 +6,17 @@ import hashlib
 import os
 from dataclasses import dataclass
 
-LAST_NS = 2**63 - 1  # of the year 2262: what the ledger keeps of a time
+# What the ledger keeps of a time: from a whole second of the year 1677 to 2262.
+FIRST_NS, LAST_NS = -(2**63 // 10**9) * 10**9, 2**63 - 1
 _BITS = 128
+
+
+def modified_ns(info: os.stat_result) -> int:
+    """Return when a file was modified, in nanoseconds since the epoch; FIRST_NS for all that was before.
+
+    Shares by SMB whose server keeps no times give their files the year 1601.
+    """
+    return max(info.st_mtime_ns, FIRST_NS)
 
 
 @dataclass(slots=True)
@@ -49,5 +58,5 @@ class Fingerprint:
 
 
 def _mark(path: str, size: int, mtime_ns: int) -> int:
-    data = b"%b\0%d\0%d" % (os.fsencode(path), size, min(mtime_ns, LAST_NS))
+    data = b"%b\0%d\0%d" % (os.fsencode(path), size, max(FIRST_NS, min(mtime_ns, LAST_NS)))
     return int.from_bytes(hashlib.blake2b(data, digest_size=_BITS // 8).digest(), "big")

@@ -32,7 +32,7 @@ class Item:
     Attributes:
         path: relative POSIX path, unique in the plan; bytes that are not UTF-8 are kept as surrogates.
         size: bytes.
-        mtime_ns: modification time, nanoseconds since the epoch, LAST_NS at most.
+        mtime_ns: modification time, nanoseconds since the epoch, as far as 64 bits go.
         header: what the DICOM header says, None if the file isn't DICOM or can't be sent as such; made when it is
             asked for.
         problem: why no target may have this file (a link out of the source, unreadable); "" if nothing is wrong.
@@ -72,7 +72,7 @@ class Item:
         try:
             facts = _FACTS.pack(mtime_ns, ctime_ns, inode, links, watch, flags)
         except struct.error:
-            facts = _FACTS.pack(min(mtime_ns, LAST_NS), min(ctime_ns, LAST_NS), inode, links, watch, flags)
+            facts = _FACTS.pack(_kept(mtime_ns), _kept(ctime_ns), inode, links, watch, flags)
         flaw = _common_flaw(problem, not_sent, damaged) if problem or not_sent or damaged else _NONE
         _fill(self, path, size, header.shared if header else None, facts + uid, flaw)
 
@@ -80,7 +80,7 @@ class Item:
         """Return the item with what is known of its file now, and with the number of its watch, if it has another."""
         mtime_ns, _, _, _, old, flags = _FACTS.unpack_from(self._own)
         flags = flags & ~_IN_PLACE | in_place * _IN_PLACE
-        facts = _FACTS.pack(mtime_ns, min(now.st_ctime_ns, LAST_NS), now.st_ino, now.st_nlink, watch or old, flags)
+        facts = _FACTS.pack(mtime_ns, _kept(now.st_ctime_ns), now.st_ino, now.st_nlink, watch or old, flags)
         item = Item.__new__(Item)
         _fill(item, self.path, self.size, self.shared, facts + self._own[_UID:], self._flaw)
         return item
@@ -182,6 +182,10 @@ def _fill(item: Item, path: str, size: int, shared: Shared | None, own: bytes, f
 
 
 _NONE = ("", "", False)
+
+
+def _kept(time_ns: int) -> int:
+    return max(-LAST_NS - 1, min(time_ns, LAST_NS))
 
 
 @lru_cache(maxsize=256)

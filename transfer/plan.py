@@ -19,7 +19,7 @@ from imaging.header import Damaged, Header, NotDicom, read_header
 from transfer import roots
 from transfer.beneath import PATH_ONLY, is_link_error, resolved
 from transfer.errors import Misconfigured, NotFound, Rejected
-from transfer.fingerprint import LAST_NS
+from transfer.fingerprint import LAST_NS, modified_ns
 from transfer.globs import excluded, is_excluded
 from transfer.item import Item as Item
 from transfer.outcome import ALREADY, Outcome
@@ -177,7 +177,7 @@ class Plan:
         Args:
             since: its ctime and number of links then.
         """
-        if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
+        if (now.st_size, modified_ns(now)) != (item.size, item.mtime_ns):
             return False
         ctime, links = since or (item.ctime_ns, item.links)
         if not ctime or now.st_ctime_ns == ctime:
@@ -334,7 +334,7 @@ class _Scan:
             if header is None:
                 self.heads[relative] = hashlib.sha256(os.pread(fd, HEAD_BYTES, 0)).digest()
             facts = (info.st_ctime_ns, info.st_nlink, info.st_ino, False, watch)
-            return Item(relative, _common(info.st_size), info.st_mtime_ns, header, "", why, damaged, *facts)
+            return Item(relative, _common(info.st_size), modified_ns(info), header, "", why, damaged, *facts)
         except OSError as exc:
             return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
         finally:

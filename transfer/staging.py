@@ -23,6 +23,7 @@ from imaging.header import Damaged, NotDicom, read_header
 from transfer.beneath import WAY, is_link_error, resolved
 from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, NotFound
+from transfer.fingerprint import modified_ns
 from transfer.oserrors import FULL, kind_of, words_of
 from transfer.plan import CHANGED, Item, Plan
 from transfer.source import InPlace, LeadsOut, Sources
@@ -162,7 +163,7 @@ class _Staging:
         before = os.stat(found.name, dir_fd=found.folder, follow_symlinks=False)
         if stat.S_ISLNK(before.st_mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), found.name)
-        if not stat.S_ISREG(before.st_mode) or (before.st_size, before.st_mtime_ns) != (item.size, item.mtime_ns):
+        if not stat.S_ISREG(before.st_mode) or (before.st_size, modified_ns(before)) != (item.size, item.mtime_ns):
             return item.but(problem=CHANGED)
         if before.st_ctime_ns != item.ctime_ns and not _is_still(self._plan, item, found, before):
             return item.but(problem=CHANGED)
@@ -186,7 +187,7 @@ class _Staging:
         if not os.path.samestat(now, before):  # another file has its name by now
             os.unlink(name, dir_fd=self._staged)
             return item.but(problem=CHANGED)
-        if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
+        if (now.st_size, modified_ns(now)) != (item.size, item.mtime_ns):
             return item.but(problem=CHANGED)
         return item.seen(now, watch=item.watch or self._watched(f"{self._into}/{item.path}"))
 
@@ -212,7 +213,7 @@ class _Staging:
             now = os.lstat(copy)
         finally:
             os.close(fd)
-        if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
+        if (now.st_size, modified_ns(now)) != (item.size, item.mtime_ns):
             return item.but(problem=CHANGED)
         return item.seen(now, watch=self._watched(str(copy)))
 

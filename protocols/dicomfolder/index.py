@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from imaging.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
 from imaging.header import Header
 from imaging.remains import Remains
+from transfer.fingerprint import LAST_NS, modified_ns
 
 NAME = ".talaria-index.sqlite"  # hidden, and one of the names that no plan and no index takes for data
 APPLICATION_ID = 0x54414C49  # "TALI": the mark of our own files (PRAGMA application_id)
@@ -118,7 +119,8 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, info: os.stat_result) -> Stamp:
         # SQLite has 64 bits with a sign; some file systems use all of them for inode numbers.
-        return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino & 0x7FFFFFFFFFFFFFFF)
+        times = min(modified_ns(info), LAST_NS), min(info.st_ctime_ns, LAST_NS)
+        return cls(info.st_size, *times, info.st_ino & 0x7FFFFFFFFFFFFFFF)
 
 
 class IndexedInstance(NamedTuple):

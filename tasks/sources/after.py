@@ -25,7 +25,7 @@ from tasks.sources.inbox import MARKER, TAKEN
 from transfer import roots
 from transfer.beneath import FOLDER, PATH_ONLY, above
 from transfer.content import copy_bytes, same_content, sha256
-from transfer.fingerprint import Fingerprint
+from transfer.fingerprint import FIRST_NS, Fingerprint
 from transfer.home import host_name
 from transfer.layout import names
 from transfer.oserrors import passes, words_of
@@ -359,7 +359,7 @@ def _clear(root: int, inside: str) -> None:
 
 def holds(there: tuple[int, int, str] | None, one: FileFacts) -> bool:
     """Return True if a target is known to hold what a file has: by its sum, where another dispatch brought it."""
-    if there is None or there[:2] != (one.size, one.mtime_ns):
+    if there is None or there[:2] != (one.size, max(one.mtime_ns, FIRST_NS)):
         return False
     if not there[2]:
         return True

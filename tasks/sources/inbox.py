@@ -21,7 +21,7 @@ from tasks.sources.units import Unit, in_time
 from transfer import roots
 from transfer.beneath import FOLDER, resolved
 from transfer.errors import Denied, Misconfigured, NotFound
-from transfer.fingerprint import LAST_NS, Fingerprint
+from transfer.fingerprint import LAST_NS, Fingerprint, modified_ns
 from transfer.globs import is_excluded
 from transfer.ledger import Ledger
 from transfer.oserrors import passes, words_of
@@ -266,7 +266,7 @@ def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[
             old = known.get(called)
             try:
                 info = entry.stat(follow_symlinks=False)
-                facts = info.st_size, min(info.st_mtime_ns, LAST_NS), info.st_ctime_ns
+                facts = info.st_size, min(modified_ns(info), LAST_NS), info.st_ctime_ns
                 if old is None or (old.size, old.mtime_ns, old.ctime_ns) != facts:
                     check()
                     new.append(LooseFile(called, *facts, _uid(entry.path, source)))

@@ -9,6 +9,7 @@ import stat
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -77,6 +78,19 @@ def test_a_time_that_nothing_can_keep_stops_no_other(bench: Bench, unit: str) ->
     bench.all()
     assert sorted(bench.states().values()) == ["done", "failed"] and delivered(bench) == 3
     assert not bench.sweep().runs
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_files_of_the_year_1601_are_sent_and_go(bench: Bench, unit: str) -> None:
+    """As Linux shows those of a share by SMB whose server keeps no times; a sweep, and each dispatch, ended by that."""
+    with TemporaryDirectory(dir="/dev/shm") as share:
+        bench.source = bench.named(unit=unit, folder=share, after="delete")
+        for number, at_ns in enumerate((-11_644_473_600 * 10**9, -62_135_596_800 * 10**9)):
+            for file in material.ct(Path(share, f"s{number}"), 2):
+                os.utime(file, ns=(0, at_ns))
+                assert file.stat().st_mtime_ns == at_ns, "the file system keeps it"
+        bench.all()
+        assert {*bench.states().values()} == {"done"} and delivered(bench) == 4 and not names(Path(share))
 
 
 def test_what_may_still_be_written_to_waits(bench: Bench) -> None:

@@ -48,6 +48,17 @@ def assert_rejected(staged: Plan, item: Item) -> None:
         pass
 
 
+@pytest.mark.parametrize("way", [Way.READ, Way.PLACE])
+def test_a_time_before_those_that_the_ledger_can_keep(tmp_path: Path, elsewhere: Path, way: Way) -> None:
+    """1601, as of a share whose server keeps no times."""
+    for file in studies.ct(elsewhere / "source", 2):
+        os.utime(file, ns=(0, -11_644_473_600 * 10**9))
+    plan = scan([elsewhere / "source"])
+    assert not any(item.problem or item.mtime_ns % 10**9 for item in plan.items), "a whole second proves nothing"
+    for into in (tmp_path / "staging" / "run", elsewhere / "staging" / "run"):
+        assert_staged(plan, stage(plan, into, way=way))
+
+
 def test_links_where_it_can(tmp_path: Path) -> None:
     studies.sample(tmp_path / "source")
     studies.odd_names(tmp_path / "source" / "odd")

@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -34,6 +35,17 @@ def test_first_look_reads_everything_and_the_next_nothing(tmp_path: Path) -> Non
         assert len(names(tmp_path)) == 2
     assert not opened, "a file was opened although nothing has changed"
     assert (again.read, again.removed, again.unchanged, again.not_dicom) == (0, 0, 9, 1)
+
+
+@pytest.mark.parametrize("at_ns", [-11_644_473_600 * 10**9, 2**63 + 10**18])
+def test_times_that_no_index_can_keep(at_ns: int) -> None:
+    """1601, as of a share by SMB whose server keeps none, or a wrong clock's: the search failed."""
+    with TemporaryDirectory(dir="/dev/shm") as share:
+        for file in series(Path(share, "a"), 3):
+            os.utime(file, ns=(0, at_ns))
+            assert file.stat().st_mtime_ns == at_ns, "the file system keeps it"
+        assert look(Path(share)).read == 3 and len(names(Path(share))) == 1
+        assert look(Path(share)).read == 0
 
 
 def test_reads_only_what_is_new_or_changed_and_forgets_what_is_gone(tmp_path: Path) -> None:
