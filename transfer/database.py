@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transfer.answers import limit, limited, usual
 from transfer.errors import DispatchError, LedgerAway, LedgerFull, Misconfigured
+from transfer.writable import NO_ROOM, UNUSABLE, check_room, was_refused
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, CursorResult, Engine
@@ -38,10 +39,7 @@ KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval":
 KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
 # What a ledger raises whose database is away, or whose disk is: nothing that it is asked says that it is wrong.
 LOST = (DispatchError, OSError, sqlite3.Error)
-ROOM_BYTES = 1 << 20  # without which nothing is begun: what the ledger has no room for would have to be sent again
-NO_ROOM = "the disk of the state directory is full: nothing can be noted there"
 HELD = f"another process has held the ledger's database for more than {BUSY_S} seconds"
-UNUSABLE = "the ledger's file can't be used: is it another user's, its file system read-only, or a quota used up?"
 LEASE_S = 30.0  # how long a host's runs are its own without a word of it, unless TALARIA_LEASE says otherwise
 
 
@@ -138,8 +136,8 @@ class Sqlite:
     shared = False
 
     def __init__(self, path: Path, tables: Tables) -> None:
-        self._folder = path.parent
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Never opened when it is there: closing a descriptor of it drops the locks of every connection of this
         # process (fcntl(2)), and then another process, when it closes, takes the log away that these still use.
         with suppress(FileExistsError):
@@ -193,6 +191,7 @@ class Sqlite:
                 return self._db.execute(statement, parameters)
             except sqlite3.OperationalError as exc:
                 if away := _passes(exc):
+                    was_refused(self._path)
                     raise away from exc
                 raise
 
@@ -218,11 +217,7 @@ class Sqlite:
         return nullcontext()
 
     def check_room(self) -> None:
-        there = os.statvfs(self._folder)
-        if there.f_flag & os.ST_RDONLY:
-            raise LedgerAway(UNUSABLE)
-        if there.f_blocks and (there.f_bavail if os.geteuid() else there.f_bfree) * there.f_frsize < ROOM_BYTES:
-            raise LedgerFull(NO_ROOM)
+        check_room(self._path)
 
     def time(self) -> float:
         return time.time()

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from transfer import confirmed, deliveries, happenings, held, messages, rests, runs, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
-from transfer.database import BUSY_S, NO_ROOM, Tables, opened
+from transfer.database import BUSY_S, Tables, opened
 from transfer.deliveries import Deliveries
 from transfer.errors import LedgerFull
 from transfer.happenings import Happenings
@@ -34,6 +34,7 @@ from transfer.rests import Rests
 from transfer.runs import Runs
 from transfer.sourcebook import Sourcebook
 from transfer.waits import Waits
+from transfer.writable import NO_ROOM
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (

@@ -20,7 +20,7 @@ from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.push import push_task
 from tasks.dispatch.rest import LEDGER_S, Left
 from tasks.driver import Driver, Facts
-from transfer import database
+from transfer import writable
 from transfer.errors import Busy, DispatchError, Interrupted, LedgerAway, LedgerFull, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
@@ -135,7 +135,7 @@ def test_nothing_is_sent_that_could_not_be_noted(tmp_path: Path, monkeypatch: py
     with delivery(tmp_path, after(6), max_attempts=1) as one:
         one.may_rest = True
         with monkeypatch.context() as patch:
-            patch.setattr(database, "ROOM_BYTES", 1 << 62)
+            patch.setattr(writable, "ROOM_BYTES", 1 << 62)
             assert run(one) == [] and isinstance(one.error, LedgerFull) and one.futile == 0
             assert one.receipt().unsent == 6
         assert run(one) == [] and one.receipt().state is State.DELIVERED

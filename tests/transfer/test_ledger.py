@@ -13,8 +13,8 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,13 +108,27 @@ def test_a_disk_that_can_not_be_written_to_is_waited_for(path: Path, tmp_path: P
             with pytest.raises(LedgerAway, match="disk I/O error"), ledger.together():
                 for number in range(2000):
                     ledger.record("d", "pacs", "e", Item(f"{number}.dcm", 1, 1), DELIVERED)
+            with Ledger(path) as next_one, pytest.raises(LedgerAway, match="quota"):  # before it sends anything
+                next_one.check_room()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        ledger.check_room()
         ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
         assert ledger.outcomes("d", "pacs", ITEMS) == {"a/0.dcm": DELIVERED}
     (tmp_path / "ledger").symlink_to(tmp_path / "none" / "ledger")
     with pytest.raises(LedgerAway, match="unable to open"):
         Ledger(tmp_path / "ledger")
+
+
+def test_a_file_that_may_not_be_written_to_has_no_room(
+    open_folder: Path, as_nobody: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """An instance was sent before that was found, again and again."""
+    with Ledger(open_folder / "ledger") as ledger:
+        ledger.check_room()
+        (open_folder / "ledger").chmod(0o444)
+        with as_nobody(), pytest.raises(LedgerAway, match="another user"):
+            ledger.check_room()
 
 
 def test_a_file_that_another_program_holds_is_away_for_that_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
