@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from imaging.charset import decoded
 from imaging.header import Damaged, NotDicom, read_elements
 from protocols.net.tls import Tls
 from tasks.names import split
+from tasks.sources import again
 from tasks.sources.inbox import look
 from tasks.sources.ports import clash
 from tasks.sources.units import Unit, in_time
@@ -43,6 +45,7 @@ def root(source: DicomSource) -> str:
 def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
     """Yield the units of a DICOM source; as `tasks.sources.units.units`."""
     there = sorted(Spool(Path(root(source))).units(), key=lambda one: one[0].version)
+    known, now, held = ledger.sources.units(source.name), time.time(), f":{_mark_of(source)}"
     earlier: dict[ReceivedUnit, tuple[str, ...]] = {}
     for received, folder, changed in there:
         check()
@@ -50,23 +53,31 @@ def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Ite
         if not mark.files:
             remove(folder)  # all of it was delivered; what comes just now makes it again
             continue
-        targets, unread = _targets(source, received, folder, check)
         key, first = Item(folder.name, 0, 0).shown, replace(received, version=1)
+        newest, oldest = max(changed, mark.newest_ns / 1e9), mark.oldest_ns / 1e9
+        row = known.get(key)
+        marks = (str(mark), f"{mark}{held}") if row is not None else ()
+        as_before = next((one for one in marks if row and again.is_known(row, one, newest, now)), "")
+        if as_before or newest <= now < min(newest + source.settle_s, oldest + source.longest_s):
+            # It does not go now, and nobody asks where to: a backlog has hundreds of thousands of files to read.
+            targets, unread = () if as_before.endswith(held) else source.reaches, ""
+        else:
+            targets, unread = _targets(source, received, folder, check)
         after = earlier.get(first, ())
         earlier[first] = (*after, key)
         why = "" if targets else NO_ROUTE
         unit = Unit(
             key=key,
             paths=(str(folder),),
-            fingerprint=_fingerprint(source, str(mark), targets, unread),
-            newest=max(changed, mark.newest_ns / 1e9),  # the folder's time is kept young while something is coming
+            fingerprint=as_before or _fingerprint(source, str(mark), targets, unread),
+            newest=newest,  # the folder's time is kept young while something is coming
             files=mark.files,
             origin=received.origin,
             targets=targets,
             problem=f"an instance that its routes depend on can't be read: {unread}" if unread else why,
             shown=shown(received),
             after=after,
-            oldest=mark.oldest_ns / 1e9,
+            oldest=oldest,
         )
         yield in_time(unit, source)
 

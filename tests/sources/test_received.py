@@ -16,6 +16,7 @@ import pytest
 from blocks.dicom_source import DicomSource
 from talaria.service import Office, sources
 from talaria.testing import studies
+from tasks.sources import dicom
 from tasks.sources.checks import check_removal
 from tasks.sources.dicom import confirmed, orphans
 from tasks.sources.sweep import Sweep
@@ -195,6 +196,37 @@ def test_a_study_that_no_route_takes_stays_and_is_reported_once(bench: Bench) ->
     bench.source = router(targets=[], routes=[{"modality": "MR,CT", "targets": ["pacs"]}])
     bench.all()
     assert kept(bench, "pacs") == 1 and not path.exists()
+
+
+def test_instances_are_read_for_their_routes_when_a_unit_goes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backlog all were read by each sweep, to find again that no route takes them."""
+    read, reads = dicom._facts, list[Path]()
+    monkeypatch.setattr(dicom, "_facts", lambda path: reads.append(path) or read(path))
+    bench.source = router(targets=[], routes=[{"modality": "MR", "targets": ["pacs"]}], settle_s=3600)
+    path = receive(bench, Modality="CT")
+    receive(bench, study="1.2.4", Modality="MR")
+    bench.sweep()
+    assert not reads and not bench.states(), "something may still come"
+    bench.source = router(targets=[], routes=[{"modality": "MR", "targets": ["pacs"]}])
+    bench.down = {"pacs"}
+    bench.all()
+    assert sorted(bench.states().values()) == ["failed", "held"] and len(reads) == 2
+    bench.all()
+    assert len(reads) == 2
+    with Ledger(bench.home.ledger) as ledger:
+        assert sorted(one.problem for one in units(bench.source, ledger)) == ["", dicom.NO_ROUTE]
+    bench.source = router(targets=[], routes=[{"modality": "CT", "targets": ["archive"]}])
+    bench.all()
+    assert kept(bench, "archive") == 1 and not path.exists()
+
+
+def test_a_unit_of_the_future_goes_where_its_routes_lead(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.source = router(routes=[{"modality": "MR", "targets": ["pacs"]}])
+    path = receive(bench, Modality="CT")
+    os.utime(path.parent, (path.stat().st_mtime + 7200,) * 2)
+    for _ in range(3):
+        bench.all()
+    assert (kept(bench, "archive"), kept(bench, "pacs")) == (1, 0)
 
 
 def test_what_a_target_does_not_take_stays(bench: Bench) -> None:
