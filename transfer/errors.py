@@ -15,6 +15,7 @@
     │   ├── Misconfigured  the target's settings are wrong
     │   ├── NotTrusted     certificate or host key not accepted
     │   ├── Denied         authenticated or authorised: no
+    │   │   ├── Unauthorized   our credentials are not accepted, whatever is asked for
     │   │   └── Unread     part of a source can't be read: what was not found may be there
     │   ├── NotFound       bucket, project, folder or study does not exist
     │   └── Rejected       this item only; the other items go on
@@ -134,6 +135,10 @@ class Denied(Permanent):
     """The peer refuses these credentials, or this operation to them."""
 
 
+class Unauthorized(Denied):
+    """The peer does not accept our credentials, whatever is asked for with them."""
+
+
 class Unread(Denied):
     """Part of a source can't be read: what was found is whole, what was not may be in that part.
 
@@ -179,6 +184,7 @@ REMEDIES: dict[type[DispatchError], str] = {
     NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "
     "one, enter it, or the authority behind it, in the target's settings.",
     Denied: "Check user, password, key, token or AE titles, and ask the operator of the other side for the rights.",
+    Unauthorized: "Check user, password, key or token: the other side accepts them no more, or never did.",
     Unread: "Let the user who runs Talaria read all that lies there, and check that the share is mounted.",
     NotFound: "Create it at the other side, or correct its name in the target's settings.",
     Rejected: "The other side refuses what was written to try it: ask its operator what it accepts.",

@@ -16,7 +16,7 @@ from protocols.http.head import BUSY_STATUS
 from protocols.http.session import Session
 from protocols.net import words
 from protocols.net.connection import SLICE_S
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Unauthorized
 
 JSON = "application/dicom+json"
 XML = "application/dicom+xml"
@@ -28,7 +28,7 @@ RESULT_BYTES = 128 << 20  # of a search: servers without pages give all at once,
 # What a status means where nothing more specific is known of the request.
 STATUS_ERRORS: dict[int, type[DispatchError]] = {
     **dict.fromkeys(BUSY_STATUS, Busy),
-    401: Denied,
+    401: Unauthorized,
     403: Denied,
     404: NotFound,
     410: NotFound,

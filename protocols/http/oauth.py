@@ -21,7 +21,7 @@ from protocols.http.session import Session
 from protocols.net import words
 from protocols.net.connection import SLICE_S
 from protocols.net.hiding import secret_forms
-from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, NotFound
+from transfer.errors import Busy, Cancelled, DispatchError, Misconfigured, NotFound, Unauthorized
 
 EARLY_S = 60.0  # a token is renewed so long before its end, or after four fifths of a short life
 UNTOLD_S = 300.0  # lifetime of a token whose server names none
@@ -85,7 +85,7 @@ class ClientCredentials:
         """Return the Authorization field, with a token that has not expired.
 
         Raises:
-            Denied: the server refuses the client. Unreachable, TimedOut, Busy, Misconfigured: no token.
+            Unauthorized: the server refuses the client. Unreachable, TimedOut, Busy, Misconfigured: no token.
         """
         asked = time.monotonic()
         self._acquire(check)
@@ -182,7 +182,7 @@ class ClientCredentials:
         if status in (404, 405, 410):
             return NotFound(f"{text}; check token_url")
         if status in (400, 401, 403):
-            return Denied(f"{text}; check client_id, client_secret and scope")
+            return Unauthorized(f"{text}; check client_id, client_secret and scope")
         return Misconfigured(text)
 
     @property

@@ -19,7 +19,17 @@ from tasks.quiet import Quiet
 from tasks.retrieve.job import Job, Stage, Study, size_of
 from tasks.retrieve.turn import slots_of
 from transfer import granted, stopping
-from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, NothingCame, Retryable, Unread
+from transfer.errors import (
+    Cancelled,
+    DiskFull,
+    DispatchError,
+    NotFound,
+    NothingCame,
+    NotTrusted,
+    Retryable,
+    Unauthorized,
+    Unread,
+)
 from transfer.outcome import Kind
 from transfer.query import series_tests
 from transfer.receipt import PushReport, Receipt, State
@@ -29,6 +39,7 @@ Watch = Callable[[Path, Callable[[], None]], Callable[[int], None]]
 BATCH = 500  # accession numbers in one search
 PARTIAL_TRIES = 2  # a source that gave less than it announced twice will do so again
 SLICE_S = 0.25
+FOR_ALL = (NothingCame, Unauthorized, NotTrusted)  # what hinders one study hinders the others, most likely
 PASSED_OVER = "not asked for, as nothing came of other studies"
 
 
@@ -217,10 +228,11 @@ class Fetcher:
             left = [one for one in passed if one.stage is Stage.FOUND]
 
     def passes_over(self, study: Study) -> bool:
-        """Return True if a study is not asked for, as what the source says it has sent never comes; `study` keeps why.
+        """Return True if a study is not asked for, as nothing came of others for what hinders all; `study` keeps why.
 
-        Each such study takes the source's idle timeout. The second one is asked for, the fourth, the eighth, and so on:
-        if something comes of one, nothing is passed over any more, and what was is to be fetched after all.
+        Where what the source says it has sent never comes, each takes its idle timeout; where our credentials are
+        refused, an account may be locked after some attempts. The second one is asked for, the fourth, the eighth, and
+        so on: if something comes of one, nothing is passed over any more, and what was is to be fetched after all.
         """
         if not self._in_vain:
             return False
@@ -267,7 +279,7 @@ class Fetcher:
                 here, _ = size_of(folder)
                 study.stage, study.reason = (Stage.PARTIAL if here else Stage.FAILED), exc.message
                 study.instances, study.missing = here, max(0, study.announced - here)
-                if isinstance(exc, NothingCame) and not here:
+                if isinstance(exc, FOR_ALL) and not here:
                     self._in_vain, self._seen = exc.message, max(1, self._seen)
                 return
             except Exception as exc:  # what one study meets must not end the others

@@ -31,6 +31,7 @@ from transfer.errors import (
     Misconfigured,
     NotFound,
     TimedOut,
+    Unauthorized,
 )
 from transfer.outcome import Kind
 from transfer.plan import Plan, scan
@@ -60,7 +61,7 @@ def test_wrong_password(server: Scripted, plan: Plan) -> None:
     server.authorization = lambda given: given == basic("lab", "right")
     target = dicomweb_target(server.url, http_user="lab", http_password=PASSWORD)
     error = attempt(target, plan).error
-    assert type(error) is Denied
+    assert type(error) is Unauthorized
     assert "401" in error.message
     assert "Basic" in error.message
     assert PASSWORD not in str(error)
@@ -142,7 +143,7 @@ def test_oauth_renewal_in_the_middle_of_a_push(server: Scripted, tmp_path: Path)
 def test_oauth_refused_for_good(server: Scripted, plan: Plan) -> None:
     server.authorization = lambda given: False
     sent = attempt(oauth(server, concurrency=1), plan)
-    assert type(sent.error) is Denied
+    assert type(sent.error) is Unauthorized
     assert len(server.tokens) <= 4  # one, and one renewal for each request that was tried
     assert len(server.of("POST")) == 2 * (len(server.tokens) - 1)
     for token in server.tokens:
@@ -181,7 +182,7 @@ def test_oauth_a_right_that_is_lacking_costs_one_token_and_not_one_for_each_requ
 def test_oauth_wrong_secret(server: Scripted, plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     sent = attempt(oauth(server, client_secret=PASSWORD), plan)
-    assert type(sent.error) is Denied
+    assert type(sent.error) is Unauthorized
     assert "invalid_client" in sent.error.message or "no:" in sent.error.message
     assert PASSWORD not in str(sent.error)
     assert PASSWORD not in caplog.text

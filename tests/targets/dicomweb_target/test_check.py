@@ -24,6 +24,7 @@ from transfer.errors import (
     DispatchError,
     Misconfigured,
     NotFound,
+    Unauthorized,
     Unreachable,
 )
 from transfer.plan import Plan
@@ -69,7 +70,7 @@ def test_check_that_only_queries(server: Scripted) -> None:
 @pytest.mark.parametrize(
     ("status", "probe", "error"),
     [
-        (401, "authenticate", Denied),
+        (401, "authenticate", Unauthorized),
         (403, "authorize", Denied),
         (404, "stow", NotFound),
         (405, "stow", Misconfigured),

@@ -26,6 +26,7 @@ from transfer.errors import (
     Misconfigured,
     NotFound,
     Retryable,
+    Unauthorized,
 )
 from transfer.outcome import Kind
 from transfer.plan import Plan, scan
@@ -260,7 +261,7 @@ def test_busy_midway_keeps_what_was_confirmed(server: Scripted, plan: Plan) -> N
 
 @pytest.mark.parametrize(
     ("status", "error"),
-    [(401, Denied), (403, Denied), (404, NotFound), (405, Misconfigured), (410, NotFound), (501, Misconfigured)],
+    [(401, Unauthorized), (403, Denied), (404, NotFound), (405, Misconfigured), (410, NotFound), (501, Misconfigured)],
 )
 def test_permanent_statuses(server: Scripted, plan: Plan, status: int, error: type[Exception]) -> None:
     server.script = Always([Reply(status, PAGE, "text/html", {"WWW-Authenticate": "Basic realm=x"})])

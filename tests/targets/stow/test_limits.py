@@ -17,6 +17,7 @@ from transfer.errors import (
     Denied,
     Interrupted,
     NotFound,
+    Unauthorized,
 )
 from transfer.outcome import Kind
 from transfer.plan import Plan, scan
@@ -75,7 +76,9 @@ def test_what_was_suspected_is_forgotten(server: Scripted, plan: Plan, monkeypat
 # ---- early answers, Expect
 
 
-@pytest.mark.parametrize(("status", "error"), [(401, Denied), (403, Denied), (404, NotFound), (429, Busy), (503, Busy)])
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, Unauthorized), (403, Denied), (404, NotFound), (429, Busy), (503, Busy)]
+)
 @pytest.mark.parametrize("closes", [True, False])
 def test_answer_before_the_body_is_respected(
     server: Scripted, tmp_path: Path, status: int, error: type[Exception], closes: bool

@@ -1,0 +1,108 @@
+"""Retrievals from a source that accepts our credentials no more, or its certificate is another one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from talaria.testing import studies
+from tasks.dispatch import running
+from tasks.retrieve import run as engine
+from tasks.retrieve.job import Stage
+from tasks.retrieve.run import Retrieval
+from tasks.retrieve.wish import Wish
+from tests.servers.dicomweb import Reply, Request, Scripted, scripted
+from tests.targets.dicomweb import dicomweb_target
+from tests.targets.dicomweb_query.finding import hold
+from transfer.home import Home
+
+RUN = "00000000-0000-4000-8000-000000000002"
+NUMBERS = [f"A{number}" for number in range(1, 11)]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No Prefect server: nobody looks at progress, and the source's slots are free."""
+
+    async def in_a_slot(self: Retrieval, work: Callable[[], Any]) -> Any:
+        return await asyncio.to_thread(work)
+
+    async def show(self: Any, job: Any) -> None:
+        pass
+
+    monkeypatch.setattr(Retrieval, "_in_a_slot", in_a_slot)
+    monkeypatch.setattr(engine.RetrievalProgress, "show", show)
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    running.forget(RUN)
+    running.regained(RUN)
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    with scripted() as one:
+        for number in NUMBERS:
+            hold(one, *(studies.dataset(study=f"1.2.3.{number[1:]}", AccessionNumber=number) for _ in range(2)))
+        yield one
+
+
+async def delivered(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+    return Completed()
+
+
+def retrieved(server: Scripted) -> Retrieval:
+    wish = Wish("src", targets=("archive",), accessions=" ".join(NUMBERS))
+    source = dicomweb_target(server.url, direction="query", http_user="lab", http_password="secret-77", max_attempts=2)
+    one = Retrieval(RUN, wish, source, Home.current(), delivered)
+    asyncio.run(one.run())
+    return one
+
+
+def asked(server: Scripted) -> set[str]:
+    """The studies that were asked for after the search, by number."""
+    return {
+        value.rpartition(".")[2]
+        for request in server.requests
+        for key, value in request.query
+        if key == "StudyInstanceUID"
+    }
+
+
+def refusing(server: Scripted, status: int, refuses: Callable[[str], bool]) -> None:
+    """Have a server refuse what is asked about some studies."""
+    usual = server._usual
+
+    def answer(request: Request) -> Reply:
+        uids = [value for key, value in request.query if key == "StudyInstanceUID"] + request.path.split("/")[3:4]
+        return Reply(status) if uids and refuses(uids[0].rpartition(".")[2]) else usual(request)
+
+    server._usual = answer  # type: ignore[method-assign]
+
+
+def test_a_source_that_accepts_our_credentials_no_more_is_asked_for_fewer_and_fewer_studies(server: Scripted) -> None:
+    """It may lock the account after some attempts, for all who use it."""
+    refusing(server, 401, lambda number: int(number) > 2)
+    found = list(retrieved(server).job.studies.values())
+    assert [study.stage for study in found] == [Stage.DELIVERED] * 2 + [Stage.FAILED] * 8
+    assert all("401" in study.reason for study in found[2:])
+    assert asked(server) == {"1", "2", "3", "4", "6", "10"}
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_studies_that_are_denied_one_by_one_take_no_other_with_them(server: Scripted, status: int) -> None:
+    refusing(server, status, lambda number: number in ("1", "2", "7"))
+    found = retrieved(server).job.studies.values()
+    assert {study.accession for study in found if study.stage is Stage.FAILED} == {"A1", "A2", "A7"}
+    assert {study.accession for study in found if study.stage is Stage.DELIVERED} == set(NUMBERS) - {"A1", "A2", "A7"}
+
+
+def test_a_study_that_is_denied_takes_no_other_with_it_where_it_may_be_the_study(server: Scripted) -> None:
+    """Of three that are left, two may be hidden from us."""
+    refusing(server, 403, lambda number: number in ("8", "9"))
+    found = retrieved(server).job.studies.values()
+    assert {study.accession for study in found if study.stage is Stage.FAILED} == {"A8", "A9"}
