@@ -12,12 +12,14 @@ import base64
 import json
 import logging
 import os
+import resource
 import signal
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -45,6 +47,7 @@ DRAIN_S = 15.0  # for associations to end when somebody wants us to stop
 ASK_S = 20.0  # for the server to say which targets there are
 SWEEP_S = 2.0  # between two sweeps of one source
 LIES_S = 60.0  # between two looks at what lies there that no source of this host has received
+DESCRIPTORS = 1 << 16  # more than all associations of all sources take; some systems grant a billion
 OURS = ("127.0.0.1", "::1", "localhost")  # where the embedded server is
 
 
@@ -66,11 +69,21 @@ def main() -> None:
     """Listen until SIGTERM: no new associations then, the second time open ones are broken."""
     asked = _Asked()
     logs.set_up()
+    allow_many_files()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look at the server
     while not _is_wanted():
         if asked.event.wait(LOOK_S):
             return
     _listen(asked)
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files as it may: most systems give 1024 at first, and an association takes two."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, DESCRIPTORS)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _is_wanted() -> bool:

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import os
 import socket
+import subprocess
+import sys
 import threading
 import unicodedata
 from collections.abc import Iterator
@@ -415,3 +417,15 @@ def test_a_source_that_is_moved_to_another_host_leaves_this_one(
     assert "the source was moved to there: apply it on here" in said[0]
     look()
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(("first", "most", "then"), [(64, 500, 500), (64, 64, 64)])
+def test_as_many_files_are_opened_as_the_system_lets_us(first: int, most: int, then: int) -> None:
+    """With 1024, as most systems give at first, a source that takes 1000 associations took half of them."""
+    script = (
+        "import resource\nfrom talaria.engine.listening import allow_many_files\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({first}, {most}))\nallow_many_files()\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(then), str(most)]
