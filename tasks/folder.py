@@ -54,7 +54,7 @@ def connect(target: FolderTarget) -> Tree:
     """
     root = Path(target.folder)
     with file_errors(target):
-        info = fs.within(target.connect_timeout_s, root.stat)
+        info = fs.within(target.connect_timeout_s, root)
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         _style(target)

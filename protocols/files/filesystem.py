@@ -13,11 +13,9 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transfer.content import READ_BYTES
-
-T = TypeVar("T")
 
 _WRITE, _WAIT_WRITE_WAIT = 2, 1 | 2 | 4  # flags of sync_file_range(2): 1 waits before, 4 after
 _SYNC_FILE_RANGE: Any = None
@@ -43,48 +41,73 @@ class Silent(Exception):
     """A file system did not answer in time."""
 
 
-def within(seconds: float, ask: Callable[[], T]) -> T:
-    """Return what `ask` returns; if a share whose server is gone blocks it for ever, abandon its thread.
+class _Question:
+    """What a folder is, asked in a thread that a share whose server is gone may never end."""
+
+    def __init__(self, folder: str) -> None:
+        self.answer: os.stat_result | None = None
+        self.error: OSError | None = None
+        self.thread = threading.Thread(target=self._ask, args=(folder,), name="folder", daemon=True)
+        self.thread.start()
+
+    def _ask(self, folder: str) -> None:
+        try:
+            with suppress(OSError):  # its server is asked for that: what the kernel remembers of a folder is no answer
+                os.statvfs(folder)
+            self.answer = os.stat(folder)
+        except OSError as exc:
+            self.error = exc
+
+
+_asked: dict[tuple[str, str], _Question] = {}  # by folder and mount
+_asking = threading.Lock()
+
+
+def within(seconds: float, folder: Path) -> os.stat_result:
+    """Return what is known of a folder, if its file system answers.
+
+    Of one that does not, a single thread waits, however often that is asked: a target that is away for days is tested
+    every few minutes, and the system has so many threads. It is asked anew when it is mounted anew.
 
     Raises:
         Silent: no answer in time.
-        OSError: as `ask` does.
+        OSError: as stat(2).
     """
-    answers: list[T] = []
-    errors: list[OSError] = []
-
-    def run() -> None:
-        try:
-            answers.append(ask())
-        except OSError as exc:
-            errors.append(exc)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not answers:
+    path = os.path.abspath(folder)
+    with _asking:
+        for key in [key for key, one in _asked.items() if not one.thread.is_alive()]:
+            del _asked[key]
+        key = path, _mounted(path)[0]
+        question = _asked.get(key) or _asked.setdefault(key, _Question(path))
+    question.thread.join(seconds)
+    if question.error:
+        raise question.error
+    if question.answer is None:
         raise Silent
-    return answers[0]
+    return question.answer
 
 
 def kind(folder: Path) -> str:
     """Return the type of the file system that a folder lies on, as mount(8) shows it; "" if it is not known."""
-    real = os.path.realpath(folder)
-    best, found = -1, ""
+    return _mounted(os.path.realpath(folder))[1]
+
+
+def _mounted(real: str) -> tuple[str, str]:
+    """Return the number and the type of the mount that a path lies on, by its name alone; "" for what is not known."""
+    best, found = -1, ("", "")
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 left, _, right = line.partition(" - ")
+                number, *_, point = left.split(" ")[:5]
                 # proc(5): blanks and the like in a mount point are octal escapes.
-                point = left.split(" ")[4].encode("latin-1", "surrogateescape").decode("unicode_escape")
+                point = point.encode("latin-1", "surrogateescape").decode("unicode_escape")
                 point = point.encode("latin-1").decode("utf-8", "surrogateescape")
                 inside = real == point or real.startswith(point.rstrip("/") + "/")
                 if inside and len(point) >= best:  # of two mounts on one point, the later one is seen
-                    best, found = len(point), right.split(" ")[0]
+                    best, found = len(point), (number, right.split(" ")[0])
     except (OSError, IndexError, ValueError):
-        return ""
+        return "", ""
     return found
 
 

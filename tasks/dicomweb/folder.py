@@ -50,7 +50,7 @@ def connect(target: DicomWebTarget) -> Path:
     if root is None:
         raise Misconfigured(f"{target.url} is not a folder", target.name)
     with file_errors(target):
-        info = fs.within(target.connect_timeout_s, root.stat)
+        info = fs.within(target.connect_timeout_s, root)
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     return root

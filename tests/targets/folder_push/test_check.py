@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,14 +62,14 @@ def test_no_permission(open_folder: Path, as_nobody: Callable[[], AbstractContex
 def test_a_share_that_hangs_is_unreachable(archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies.ct(study, 1)
     over = threading.Event()
-    real = Path.stat
+    real = os.statvfs
 
-    def hanging(path: Path, **options: Any) -> os.stat_result:
-        if path == archive:
+    def hanging(path: str | int) -> os.statvfs_result:
+        if path == str(archive):
             over.wait(20)
-        return real(path, **options)
+        return real(path)
 
-    monkeypatch.setattr(Path, "stat", hanging)
+    monkeypatch.setattr(os, "statvfs", hanging)
     begun = time.monotonic()
     sent = attempt(target(archive, connect_timeout_s=0.3), study)
     over.set()
