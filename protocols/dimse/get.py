@@ -77,6 +77,11 @@ class FinalResponse:
         return self.status not in (0, WARNINGS, CANCELLED) and not (self.completed or self.warning)
 
     @property
+    def failed_all(self) -> bool:
+        """Whether the peer says that there was something to send, and that nothing of it was sent."""
+        return bool(self.failed) and not (self.completed or self.warning)
+
+    @property
     def unsupported(self) -> bool:
         """Whether the peer says that it does not do such a thing, whatever is asked for."""
         return self.status in UNSUPPORTED
@@ -99,6 +104,7 @@ class Retriever(Conversation):
 
     Attributes:
         pairs: the storage contexts that were asked for; empty for C-MOVE.
+        granted: those of them that the peer accepted.
     """
 
     def __init__(
@@ -115,7 +121,7 @@ class Retriever(Conversation):
         self.root = next((root for root in roots if association.context(root) is not None), "")
         self._context = association.context(self.root) or 0
         by_number = {number: syntax for (_, syntax), number in association.accepted.items()}
-        self._storage = {number for (abstract, _), number in association.accepted.items() if abstract not in roots}
+        self.granted = pairs & association.accepted.keys()
         self._syntax = by_number.get(self._context, UNCOMPRESSED[0])
         self._syntaxes = by_number
         self._respond = Responder(self.stream, association.max_send)
@@ -123,7 +129,7 @@ class Retriever(Conversation):
     @property
     def stores(self) -> bool:
         """Whether the peer accepted any storage context."""
-        return bool(self._storage)
+        return bool(self.granted)
 
     def _identifier(self, keys: Mapping[str, str], charset: str) -> bytes:
         return identifier.built({key: value for key, value in keys.items() if value}, charset, self._syntax)

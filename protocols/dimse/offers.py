@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from protocols.dimse.association import MAX_CONTEXTS
 from protocols.dimse.contexts import Pair
@@ -18,6 +18,7 @@ SYNTAXES = (
     "1.2.840.10008.1.2.4.108", "1.2.840.10008.1.2.4.92", "1.2.840.10008.1.2.4.93", "1.2.840.10008.1.2.4.110",
     "1.2.840.10008.1.2.4.111", "1.2.840.10008.1.2.4.112", "1.2.840.10008.1.2.1.98",
 )  # fmt: skip
+USUAL = 8  # of the syntaxes, from the first: as many as there is room for where fifteen classes are asked for
 # For series of which the peer doesn't list the instances: what most studies are made of.
 USUAL_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4",
@@ -53,19 +54,20 @@ OTHER_CLASSES_OF = {
 }  # fmt: skip
 
 
-def pairs_for(classes: Mapping[str, Iterable[str]]) -> list[Pair]:
+def pairs_for(classes: Mapping[str, Iterable[str]], asked: Collection[Pair] = ()) -> list[Pair]:
     """Return the storage contexts to request for SOP classes, each with the syntaxes that are known of it (or none).
 
     One context per class and syntax: of several syntaxes in one the peer would choose for all of a class. What a peer
     names comes first; the rest of the 126 places is divided.
+
+    Args:
+        asked: those that have been requested: others come before them.
     """
-    room = MAX_CONTEXTS - 2
-    known: list[Pair] = []
-    for sop_class, syntaxes in classes.items():
-        known += [(sop_class, syntax) for syntax in syntaxes]
-    wanted = dict.fromkeys(known[:room])
-    for syntax in SYNTAXES:
-        for sop_class in classes:
-            if len(wanted) < room:
-                wanted[sop_class, syntax] = None
-    return list(wanted)
+    wanted = dict.fromkeys((sop_class, syntax) for sop_class, syntaxes in classes.items() for syntax in syntaxes)
+    wanted |= dict.fromkeys((sop_class, syntax) for syntax in SYNTAXES for sop_class in classes)
+    return sorted(wanted, key=asked.__contains__)[: MAX_CONTEXTS - 2]
+
+
+def usual_pairs(classes: Mapping[str, Iterable[str]]) -> set[Pair]:
+    """Return the storage contexts without which SOP classes are not asked for on an association that there is."""
+    return {(sop_class, syntax) for sop_class, syntaxes in classes.items() for syntax in (*syntaxes, *SYNTAXES[:USUAL])}

@@ -56,6 +56,7 @@ class Depot:
         failure: why nothing more can be written.
         heard: when something last came for it; `time.monotonic`.
         refused: how many instances were not wanted, by reason.
+        unwanted: their UIDs, as their requests named them.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Depot:
     durable: bool = True
     failure: DispatchError | None = None
     refused: dict[str, int] = field(default_factory=dict)
+    unwanted: set[str] = field(default_factory=set)
     here: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     second: Callable[[DurableFile, Header], str] = lambda part, header: ""
@@ -150,6 +152,7 @@ class Depot:
         """
         status, header = self.identified(part, size, uid, seen)
         if header is None:
+            self.unwanted.add(uid)
             return status, None
         with self.lock:
             second = uid in self.here
@@ -159,6 +162,7 @@ class Depot:
             if not why:
                 return SUCCESS, None
             self._count(why)
+            self.unwanted.add(uid)
             return NOT_AUTHORISED, None
         if self.durable:
             self._flush(part, uid)

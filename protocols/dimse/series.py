@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from imaging.header import UID, Header
-from protocols.dimse.get import FinalResponse
-from protocols.dimse.offers import CLASSES_OF, OTHER_CLASSES_OF
+from protocols.dimse.contexts import Pair
+from protocols.dimse.get import FinalResponse, Retriever
+from protocols.dimse.offers import CLASSES_OF, OTHER_CLASSES_OF, SYNTAXES
 
 Images = dict[str, tuple[str, tuple[str, ...]]]  # SOP class and transfer syntaxes by SOP instance UID
 
@@ -29,7 +30,9 @@ class PulledSeries:
         is_part: whether it is to be asked for by `images` only.
         answers: the peer's final responses.
         refused: how many instances were not taken, by reason.
-        asked: SOP classes for which contexts were requested; an association has not room for any number.
+        asked: contexts that were requested of C-GET; an association has not room for any number.
+        granted: those of them that the peer accepted.
+        unwanted: instances that came and were not taken.
     """
 
     study: str
@@ -47,18 +50,20 @@ class PulledSeries:
     is_part: bool = False
     answers: list[FinalResponse] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
-    asked: set[str] = field(default_factory=set)
+    asked: set[Pair] = field(default_factory=set)
+    granted: set[Pair] = field(default_factory=set)
+    unwanted: set[str] = field(default_factory=set)
 
     def classes(self, of: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
         """Return the SOP classes of its instances, with the syntaxes that the peer names: as listed, or as usual.
 
         Args:
-            of: only those of these instances, and those that were not `asked` for first.
+            of: only those of these instances.
         """
         found: dict[str, dict[str, None]] = {}
         images = self.images or {}
         listed = images.values() if of is None else [images[uid] for uid in of if uid in images]
-        for sop_class, syntaxes in listed if of is None else sorted(listed, key=lambda one: one[0] in self.asked):
+        for sop_class, syntaxes in listed:
             if UID.fullmatch(sop_class):
                 found.setdefault(sop_class, {}).update(dict.fromkeys(syntaxes))
         if not found:
@@ -66,11 +71,35 @@ class PulledSeries:
             return dict.fromkeys(usual or (), ())
         return {sop_class: tuple(syntaxes) for sop_class, syntaxes in found.items()}
 
-    @property
-    def may_be_of_other_classes(self) -> bool:
-        """Whether it may have SOP classes that nobody has named."""
-        named = all(UID.fullmatch(sop_class) for sop_class, _ in (self.images or {}).values())
-        return self.modality not in CLASSES_OF and not (self.images and named)
+    def was_asked(self, retriever: Retriever) -> None:
+        """Note the contexts of an association on which it is asked for."""
+        self.asked |= retriever.pairs
+        self.granted |= retriever.granted
+
+    def untried(self, uids: Iterable[str]) -> bool:
+        """Return True if contexts for some of these instances have not been requested yet, as far as they are named."""
+        images = self.images or {}
+        return any(
+            UID.fullmatch(sop_class) and any((sop_class, syntax) not in self.asked for syntax in (*syntaxes, *SYNTAXES))
+            for sop_class, syntaxes in (images.get(uid, ("", ())) for uid in uids)
+        )
+
+    def may_come_otherwise(self, missing: Iterable[str]) -> bool:
+        """Return True if C-GET may not bring something because it has no context for it, and C-MOVE may.
+
+        Args:
+            missing: instances that are listed, and did not come.
+        """
+        images, listed = self.images or {}, list(missing)
+        for uid in listed:
+            sop_class, syntaxes = images.get(uid, ("", ()))
+            if uid not in self.unwanted and not any((sop_class, syntax) in self.granted for syntax in syntaxes):
+                return True
+        if listed or (images and all(UID.fullmatch(sop_class) for sop_class, _ in images.values())):
+            return False
+        last = self.answers[-1] if self.answers else None  # how many are missing, the peer's counts say
+        fails = last is not None and bool(last.failed or last.status) and not self.unwanted
+        return fails or self.modality not in CLASSES_OF
 
     def refuses(self, header: Header) -> str:
         """Return why an instance is not wanted; "" if it is."""

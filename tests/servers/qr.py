@@ -220,7 +220,8 @@ class _Connection(Connection):
                 fields.get(0x00000600, b"").decode().strip(),
             )
             peer.requests.append(request)
-        status = peer.refuses(request)
+        unknown = kind == MOVE and request.destination not in peer.ports and peer.on_move is None
+        status = peer.refuses(request) or (0xA801 if unknown else 0)
         if status:
             self.last(context, fields, Last(status))
         elif kind == FIND:

@@ -15,12 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pydicom
 import pytest
 
 from blocks import TYPES
 from blocks.dicom import DicomTarget
 from imaging.query import Query
-from protocols.dimse import scp
+from protocols.dimse import pull_move, scp
 from protocols.dimse.get import Retriever
 from protocols.dimse.moves import DESK, Expected, MoveDesk, Strangers
 from protocols.dimse.receive import Depot
@@ -37,7 +38,8 @@ from tests.servers.certificates import Authority
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, send_to, sends
-from tests.servers.steps import Abort, Silence
+from tests.servers.steps import REFUSED_CLASS, REFUSED_SYNTAXES, Abort, Silence
+from tests.servers.wire import Context
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
 from tests.targets.folder import ANOTHER_FILE_SYSTEM
@@ -56,6 +58,12 @@ from tests.targets.pulling import (
 from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut
 from transfer.outcome import Kind
 from transfer.receipt import Level, PushReport, Receipt, State
+
+
+@pytest.fixture(autouse=True)
+def _no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no test listen on the usual port, which others may use meanwhile."""
+    monkeypatch.setenv("TALARIA_SCP_PORT", "0")
 
 
 @pytest.fixture
@@ -495,6 +503,155 @@ def test_a_peer_that_names_no_sop_classes_gives_those_of_all_kinds(
         assert knows_us or any(f"is {AET} registered there" in note for note in receipt.notes)
 
 
+JPEG_2000, RETIRED = "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.53"
+PRIVATE = "1.3.12.2.1107.5.9.1"
+
+
+def mixed(rest: Callable[[pydicom.Dataset], None], modality: str = "CT", more: int = 2) -> list[bytes]:
+    """A series of CT images, and some that `rest` makes into something else."""
+    uid, series, files = studies.uid(), studies.uid(), []
+    for number in range(2 + more):
+        name = "CT_small.dcm" if number < 2 else "JPEG2000.dcm"
+        ds = studies.dataset(name, study=uid, series=series, Modality=modality, InstanceNumber=number)
+        if number >= 2:
+            ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = OTHERS["CT"]
+            rest(ds)
+        files.append(studies.encoded(ds))
+    return files
+
+
+def is_jpeg_2000(ds: pydicom.Dataset) -> None:
+    """Leave it as it is."""
+
+
+def is_of_a_retired_syntax(ds: pydicom.Dataset) -> None:
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.UID(RETIRED)
+
+
+def is_private(ds: pydicom.Dataset) -> None:
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = PRIVATE
+
+
+def no_jpeg_2000(context: Context) -> str | int:
+    return REFUSED_SYNTAXES if context.offered[0] == JPEG_2000 else context.offered[0]
+
+
+def honest(peer: Callable[[], Archive]) -> Callable[[Request, list[Instance]], Steps]:
+    """Send what there are contexts for, and count the rest as failed."""
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        association = peer().associations[request.association - 1]
+        assert association.proposal is not None
+        offered = {(one.abstract_syntax, one.offered[0]) for one in association.proposal.contexts}
+        taken = [one for one in found if (str(one.ds.SOPClassUID), one.syntax) in offered and one.syntax != JPEG_2000]
+        failed = len(found) - len(taken)
+        status = 0 if not failed else 0xB000 if taken else 0xA702
+        return [*map(Send, taken), Last(status, len(taken), failed, 0)]
+
+    return script
+
+
+@pytest.mark.parametrize("counts", ["honest", "all completed"])
+@pytest.mark.parametrize(
+    ("rest", "leaves_out"),
+    [
+        (is_jpeg_2000, ("AvailableTransferSyntaxUID",)),
+        (is_jpeg_2000, ()),
+        (is_of_a_retired_syntax, ()),
+        (is_private, ("SOPClassUID",)),
+    ],
+    ids=["refused syntax", "named one", "unknown syntax", "unnamed class"],
+)
+def test_what_c_get_has_no_context_for_comes_by_c_move(
+    rest: Callable[[pydicom.Dataset], None], leaves_out: tuple[str, ...], counts: str, tmp_path: Path, port: int
+) -> None:
+    with ExitStack() as ends:
+        script = honest(lambda: peer) if counts == "honest" else None
+        peer = ends.enter_context(
+            archive(
+                mixed(rest), accept=no_jpeg_2000, on_get=script, leaves_out=frozenset(leaves_out), ports={AET: port}
+            )
+        )
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED, receipt.notes
+        assert_agrees(receipt, tmp_path / "in", peer)
+        assert any("retrieved by C-MOVE" in note and "does not bring all of it" in note for note in receipt.notes), (
+            receipt.notes
+        )
+
+
+@pytest.mark.parametrize("how", ["no C-MOVE", "unknown", "success and nothing", "no port"])
+def test_what_does_not_come_by_c_move_either_leaves_what_came(
+    how: str, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One series is tried, and no other: each might take its time."""
+    files = [*mixed(is_jpeg_2000, more=3), *mixed(is_jpeg_2000, more=3)]
+    settings: dict[str, Any] = {
+        "no C-MOVE": {
+            "accept": lambda context: REFUSED_CLASS if context.abstract_syntax in MOVES else no_jpeg_2000(context)
+        },
+        "unknown": {"refuses": lambda request: 0xA801 if request.kind == MOVE else 0},
+        "success and nothing": {"on_move": lambda request, found: [Last(0)]},
+        "no port": {},
+    }[how]
+    if how == "no port":
+        monkeypatch.setenv("TALARIA_SCP_PORT", "0")
+    with archive(files, **{"accept": no_jpeg_2000, "on_get": honest(lambda: peer)} | settings) as peer:
+        receipt = pull(peer, tmp_path / "in", idle_timeout_s=1, max_dispatches=1)
+        assert receipt.state is State.PARTIAL and receipt.counts[Kind.DELIVERED] == 4
+        assert_agrees(receipt, tmp_path / "in", peer)
+        [note] = [note for note in receipt.notes if "; nor does C-MOVE: " in note]
+        words = {
+            "no C-MOVE": "the peer does not accept C-MOVE", "unknown": f"doesn't know the move destination {AET}",
+            "success and nothing": "and nothing came within", "no port": "set scp_port",
+        }  # fmt: skip
+        assert words[how] in note
+        assert len(peer.asked(MOVE)) == (how in ("unknown", "success and nothing"))
+
+
+def test_what_a_node_has_lost_costs_no_wait_for_it_by_c_move(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it sends nothing, and needs not be waited for: 3 s for each instance, else."""
+    monkeypatch.setattr(pull_move, "LATE_S", 600.0)
+    lost = set[str]()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        lost.update(one.uid for one in peer.instances[4:])
+        there = [one for one in found if one.uid not in lost]
+        failed = len(found) - len(there)
+        return [*map(Send, there), Last(0xB000 if failed else 0, len(there), failed, 0)]
+
+    with archive(study(12, 1), on_get=script, on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in", idle_timeout_s=600)
+        assert receipt.state is State.PARTIAL and receipt.counts[Kind.DELIVERED] == 4
+        assert_agrees(receipt, tmp_path / "in", peer)
+        assert len(peer.asked(MOVE)) > 8
+
+
+def test_damaged_instances_are_not_asked_for_by_c_move(tmp_path: Path, port: int) -> None:
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return [*(Send(one, data=one.data[:40]) for one in found), Last(0xB000, 0, len(found), 0)]
+
+    with archive(study(2, 1), on_get=script, ports={AET: port}) as peer:
+        pull(peer, tmp_path / "in")
+        assert not peer.asked(MOVE)
+
+
+def test_no_syntax_is_lost_of_more_classes_than_one_association_has_room_for(tmp_path: Path) -> None:
+    """Thirty-one syntaxes of each class; four classes fill an association."""
+    uid, series, files = studies.uid(), studies.uid(), []
+    for number in range(9):
+        ds = studies.dataset("JPEG2000.dcm", study=uid, series=series, Modality="MR")
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = f"{PRIVATE}.{number}"
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.UID("1.2.840.10008.1.2.4.93")
+        files.append(studies.encoded(ds))
+    with archive(files, accept=only(MOVES)) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED, receipt.notes
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
 def test_a_later_series_that_c_get_is_refused_for_comes_by_c_move(tmp_path: Path, port: int) -> None:
     """The series before it, on the same association, had nothing to give: that one is not begun again in its place."""
     files, first = study(4, 2), ""
@@ -510,10 +667,13 @@ def test_a_later_series_that_c_get_is_refused_for_comes_by_c_move(tmp_path: Path
     def gives_nothing(request: Request, instances: list[Instance]) -> Steps:
         return [Last(0, 0, 0, 0)]
 
-    with archive(files, refuses=refuses, on_get=gives_nothing, ports={AET: port}) as peer:
+    def moves(request: Request, instances: list[Instance]) -> Steps:
+        return [Last(0xB000, 0, 2, 0)] if request.keys.SeriesInstanceUID == first else sends(instances)
+
+    with archive(files, refuses=refuses, on_get=gives_nothing, on_move=moves, ports={AET: port}) as peer:
         receipt = pull(peer, tmp_path / "in", max_dispatches=1)
         assert receipt.counts[Kind.DELIVERED] == 2
-        assert first not in {str(request.keys.SeriesInstanceUID) for request in peer.asked(MOVE)}
+        assert_agrees(receipt, tmp_path / "in", peer)
 
 
 @pytest.mark.parametrize("status", [0xFE00, 0xA702, 0xC000])
