@@ -23,6 +23,14 @@ NARROW = 8  # columns below which none is folded
 DONE, NOT_ALL, WRONG_USE, NO_SERVER = 0, 1, 2, 3
 
 
+def code_of(document: dict[str, Any]) -> int:
+    """Return the exit code for the result of a dispatch or retrieval.
+
+    A retry that could not begin leaves the result of the time before, beside the reason.
+    """
+    return DONE if document["state"] == "delivered" and not document.get("error") else NOT_ALL
+
+
 def exit_code_of(exc: BaseException) -> int:
     """Print an error as one line, and return the exit code for it; an unexpected error is raised again."""
     if isinstance(exc, typer.Abort | KeyboardInterrupt):

@@ -10,7 +10,7 @@ import typer
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
 from talaria.cli.keys import Keys, with_keys
-from talaria.cli.output import DONE, NOT_ALL, Json, given_path, print_json, table
+from talaria.cli.output import DONE, Json, code_of, given_path, print_json, table
 from talaria.console import say
 
 
@@ -79,7 +79,7 @@ def finish(access: Access, run_id: str, *, as_json: bool) -> int:
         print_json(document)
     else:
         show_result(document)
-    return DONE if document["state"] == "delivered" else NOT_ALL
+    return code_of(document)
 
 
 def show_result(document: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
-from talaria.cli.output import DONE, NOT_ALL, Json, given_path, print_json, table
+from talaria.cli.output import Json, code_of, given_path, print_json, table
 from talaria.console import say
 from transfer.errors import NotFound
 
@@ -140,7 +140,7 @@ def finish(access: Access, run_id: str, *, all_items: bool, as_json: bool) -> No
         print_json(document)
     else:
         show_receipt(document)
-    raise typer.Exit(DONE if document["state"] == "delivered" else NOT_ALL)
+    raise typer.Exit(code_of(document))
 
 
 def show_receipt(document: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tasks.dispatch.audited import requester
 from tasks.names import split
 from tasks.retrieve.ending import numbers_of
 from tasks.retrieve.job import Job, folder_of
-from tasks.retrieve.report import cancelled, given_up
+from tasks.retrieve.report import cancelled, given_up, sentence
 from tasks.retrieve.report import document as whole_of
 from transfer.receipt import Receipt, State
 
@@ -60,8 +60,8 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
 def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str, Any]:
     """Return a result in which nothing waits any more, if its run was cancelled while it waited, or was given up.
 
-    Of a run that failed before it came to its targets, as a retry whose files are gone, it says why: its receipts are
-    those of the time before.
+    Of a run that failed before it came to that, as a retry whose files, or source, are gone, it says why: the result is
+    that of the time before.
     """
     state = flow_run.state
     if state is None or state.is_completed() or not is_over(state):
@@ -71,11 +71,13 @@ def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str,
             return cancelled(document)
         if state.is_cancelled():  # which was too late where all had been delivered
             return document if document["state"] == "delivered" else document | {"state": "cancelled"}
-        return given_up(document, state.message or "failed") if document["waiting"] else document
+        if document["waiting"]:
+            return given_up(document, state.message or "failed")
+        return document if state.message == sentence(document) else document | {"error": state.message or state.name}
     targets = document["targets"].items() if kind == "dispatch" else ()
     of_them = tuple(f"{name} {one['state']}: " for name, one in targets)
     if of_them and not state.is_cancelled() and not (state.message or "").startswith(of_them):
-        document = document | {"error": state.message}
+        document = document | {"error": state.message or state.name}
     parts = [document]
     for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():
         parts += [one, *one["targets"].values()]

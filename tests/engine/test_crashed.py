@@ -18,6 +18,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelling, Completed, Crashed, Failed, Running
 
+from talaria.cli.output import code_of
 from talaria.engine import cancelled
 from talaria.engine.recovery import CRASHED, CRASHES, MAX_CRASHES, _take_up
 from talaria.engine.runs import at_rest, retry
@@ -269,6 +270,19 @@ def test_a_retry_that_did_not_come_to_its_targets_says_why(message: str, error: 
     document = {"state": "partial", "targets": targets}
     result = settled(FlowRun(flow_id=uuid4(), state=Failed(message=message)), "dispatch", document)
     assert (result.get("error"), result["targets"]) == (error, targets)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"), [("no target named pacs", "no target named pacs"), ("1 study found, 1 delivered", None)]
+)
+def test_a_retrieval_whose_retry_could_not_begin_says_why(message: str, error: str | None) -> None:
+    """It was shown as delivered, and nothing else: `jobs retry` said nothing of it, and ended with 0."""
+    rows = [{"state": "delivered", "study": "1.3", "reason": ""}]
+    document: dict[str, Any] = {"state": "delivered", "found": 1, "delivered": 1, "studies": rows, "accessions": []}
+    document |= {key: [] for key in ("waiting", "failed", "missing", "partial", "cancelled")} | {"error": None}
+    result = settled(FlowRun(flow_id=uuid4(), state=Failed(message=message)), "retrieval", document)
+    assert result == document | {"error": error}
+    assert code_of(result) == (1 if error else 0)
 
 
 @pytest.mark.timeout(600)

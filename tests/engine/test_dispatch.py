@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -291,6 +292,9 @@ def test_cancel_stops_within_seconds(up: Talaria, tmp_path: Path) -> None:
         link.delay_s = 0
         assert up.told("jobs", "retry", queued["flow_run_id"])["state"] == "delivered"
         assert len(scp.files()) == 50
+        shutil.rmtree(tmp_path / "study")
+        gone = up.told("jobs", "retry", queued["flow_run_id"], code=1)  # nothing was missing, and its run has failed
+        assert gone["state"] == "delivered" and gone["error"].endswith("study: no such file or folder")
 
 
 def test_the_server_wants_its_password_and_hides_secrets(up: Talaria, tmp_path: Path) -> None:
