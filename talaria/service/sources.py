@@ -7,7 +7,7 @@ import fcntl
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -21,6 +21,7 @@ from blocks.dicom_source import DicomSource
 from blocks.inbox import InboxSource
 from talaria.engine import batches
 from talaria.service import Office, recorded
+from talaria.service.dispatches import ANSWER_S
 from talaria.service.fields import field_facts
 from talaria.targetfile import action_for, all_values_of, differing, entry, made_of, values_of
 from tasks.dispatch import breaker
@@ -29,7 +30,7 @@ from tasks.names import pick, split, type_of
 from tasks.sources import again, belonging, checks, units
 from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
-from transfer import listening, unitlist
+from transfer import listening, silent, unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
@@ -136,7 +137,8 @@ async def apply_sources(
     targets = [*coming, *(one for one in await _targets(office) if one.name not in names)]
     everyone = [*wanted.values(), *kept]
     others = await _elsewhere(office, *wanted)
-    await asyncio.to_thread(_check, wanted.values(), everyone, targets, others)
+    mute = await _mute(wanted.values(), everyone, targets)
+    await asyncio.to_thread(_check, wanted.values(), everyone, targets, others, mute)
     for one in (*old, *(one for one in there if one.name in wanted and one.type_name != wanted[one.name].type_name)):
         await check_removal(office, one.name, one.type_name)
     for name, action in actions.items() if not dry_run else ():
@@ -154,21 +156,42 @@ async def _elsewhere(office: Office, *names: str) -> dict[str, str]:
     return {name: host for name, host in found.items() if name not in names}
 
 
+async def _mute(wanted: Iterable[Source], everyone: list[Source], targets: list[Target]) -> set[str]:
+    """Return the folders, of other sources and of targets, that are not looked at: their file systems do not answer.
+
+    Raises:
+        SourceAway: that of one of the wanted sources does not.
+    """
+    wanted = [*wanted]
+    await silent.check([place for one in wanted for place in checks.places_of(one)], ANSWER_S)
+    beside = [place for one in wanted for place in checks.places_beside(one, everyone, targets)]
+    return {*await silent.mute(beside, 0.0)}
+
+
 def _check(
-    wanted: Iterable[Source], everyone: list[Source], targets: list[Target], elsewhere: Mapping[str, str]
+    wanted: Iterable[Source],
+    everyone: list[Source],
+    targets: list[Target],
+    elsewhere: Mapping[str, str],
+    mute: Collection[str],
 ) -> None:
     """Raise Misconfigured with a line for each reason why one of the sources can't be used."""
-    wrong = [f"source {one.name}: {why}" for one in wanted for why in _wrong_with(one, everyone, targets, elsewhere)]
+    found = [(one.name, why) for one in wanted for why in _wrong_with(one, everyone, targets, elsewhere, mute)]
+    wrong = [f"source {name}: {why}" for name, why in found]
     if wrong:
         raise Misconfigured("\n".join(wrong))
 
 
 def _wrong_with(
-    source: Source, everyone: list[Source], targets: list[Target], elsewhere: Mapping[str, str]
+    source: Source,
+    everyone: list[Source],
+    targets: list[Target],
+    elsewhere: Mapping[str, str],
+    mute: Collection[str] = (),
 ) -> list[str]:
-    found = checks.problems(source, everyone, targets, elsewhere=elsewhere)
+    found = checks.problems(source, everyone, targets, elsewhere=elsewhere, mute=mute)
     found += checks.of_listener(source, everyone, elsewhere=elsewhere)
-    found += checks.of_report(source, everyone, elsewhere)
+    found += checks.of_report(source, everyone, elsewhere, mute)
     if isinstance(source, DicomSource) and source.port in _of_the_front_door():
         found.append(f"port {source.port}: Talaria's own pages and API are served on it: give it another one")
     return [*found, *filter(None, [batches.never_comes(source)])]
@@ -186,8 +209,9 @@ def _of_the_front_door() -> set[int]:
 async def problems_of(office: Office, source: Source) -> list[str]:
     """Return why a source that is about to be saved can't be used, each reason a sentence."""
     others = [one for one in await KEPT.all(office.client) if isinstance(one, Source) and one.name != source.name]
-    elsewhere = await _elsewhere(office, source.name)
-    return await asyncio.to_thread(_wrong_with, source, [source, *others], await _targets(office), elsewhere)
+    elsewhere, targets = await _elsewhere(office, source.name), await _targets(office)
+    mute = await _mute([source], others, targets)
+    return await asyncio.to_thread(_wrong_with, source, [source, *others], targets, elsewhere, mute)
 
 
 async def save_source(office: Office, source: Source, before: Source | None, action: str) -> None:
@@ -353,7 +377,8 @@ async def test_unsaved(office: Office, source: Source) -> dict[str, Any]:
     others = [one for one in saved if one.name != source.name]
     before = next((one for one in saved if one.name == source.name), None)
     elsewhere, targets = await _elsewhere(office, source.name), await _targets(office)
-    return await asyncio.to_thread(_tested, office, source, [source, *others], targets, before, elsewhere)
+    mute = await _mute([source], others, targets)
+    return await asyncio.to_thread(_tested, office, source, [source, *others], targets, before, elsewhere, mute)
 
 
 def _tested(
@@ -363,6 +388,7 @@ def _tested(
     targets: list[Target],
     saved: Source | None,
     elsewhere: Mapping[str, str],
+    mute: Collection[str] = (),
 ) -> dict[str, Any]:
     """Test a source; what one that looks elsewhere than the saved one of its name finds there is not kept."""
     found: Counter[str] = Counter({"ready": 0, "settling": 0, "known": 0, "files": 0})
@@ -373,9 +399,9 @@ def _tested(
             folder = stack.enter_context(TemporaryDirectory(prefix="talaria-"))
             notes = stack.enter_context(Ledger(Path(folder) / "notes.sqlite"))
         row, known = ledger.sources.sweep(source.name), ledger.sources.units(source.name)
-        wrong = checks.problems(source, sources, targets, row.mount, elsewhere)
+        wrong = checks.problems(source, sources, targets, row.mount, elsewhere, mute)
         wrong += checks.of_listener(source, sources, office.home, elsewhere)
-        wrong += checks.of_report(source, sources, elsewhere)
+        wrong += checks.of_report(source, sources, elsewhere, mute)
         wrong += filter(None, [batches.never_comes(source)])
         try:
             for unit in units.units(source, notes) if not wrong else ():

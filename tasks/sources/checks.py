@@ -8,7 +8,7 @@ itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +44,7 @@ def problems(
     targets: Iterable[Target],
     mount: str = "",
     elsewhere: Mapping[str, str] = MappingProxyType({}),
+    mute: Collection[str] = (),
 ) -> list[str]:
     """Return why a source can't be used, each reason a sentence; nothing if it can.
 
@@ -52,9 +53,10 @@ def problems(
         targets: all that are saved.
         mount: the file system that its folder lay on before; "" if that is not known.
         elsewhere: the sources that belong to other hosts, each with its host.
+        mute: those of `places_beside` whose file system does not answer: they are known by their names alone.
     """
     known = {one.name: one for one in targets}
-    found, folders = list(_of_targets(source, known)), _Folders()
+    found, folders = list(_of_targets(source, known)), _Folders(mute)
     if isinstance(source, InboxSource):
         found += _of_folder(source, mount)
     if isinstance(source, ListSource):
@@ -72,11 +74,11 @@ def problems(
                 found += (
                     f"{folder} and {one} of source {other.name} overlap: each file must have one source"
                     for one in (*other.folders, *_moved_to(other))
-                    if folders.overlap(real, resolved(one))
+                    if folders.overlap(real, folders.real(one))
                 )
         for target in known.values():
             place = folder_of(target)
-            if place and folders.overlap(real, resolved(place)):
+            if place and folders.overlap(real, folders.real(place)):
                 found.append(
                     f"{folder} and {place} of target {target.name} overlap: what is delivered would come again"
                 )
@@ -88,7 +90,7 @@ def problems(
             for other in sources
             if not (other.name in elsewhere and is_own(one))
             for folder in other.folders
-            if folders.overlap(resolved(one), resolved(folder))
+            if folders.overlap(resolved(one), folders.real(folder))
         )
     return list(dict.fromkeys(found))
 
@@ -114,11 +116,17 @@ def of_listener(
 
 
 def of_report(
-    source: Source, sources: Iterable[Source], elsewhere: Mapping[str, str] = MappingProxyType({})
+    source: Source,
+    sources: Iterable[Source],
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    mute: Collection[str] = (),
 ) -> list[str]:
     """Return why a list's report would be another one's, too, if the source is about to be saved.
 
     One that is saved goes on: its lines are dispatched, and it is just not known which report is the last one.
+
+    Args:
+        elsewhere, mute: as of `problems`.
     """
     if not isinstance(source, ListSource):
         return []
@@ -129,7 +137,7 @@ def of_report(
         for other in sources
         if isinstance(other, ListSource)
         and other.name != source.name
-        and resolved(other.file) == real
+        and (as_written(other.file) if other.file in mute else resolved(other.file)) == real
         and not (other.name in elsewhere and is_own(str(Path(real).parent)))
     ]
 
@@ -238,6 +246,24 @@ def places_of(source: Source) -> tuple[str, ...]:
     return (*source.folders, *listed, *_moved_to(source))
 
 
+def places_beside(source: Source, sources: Iterable[Source], targets: Iterable[Target]) -> list[str]:
+    """Return the folders of other sources, and of targets, that one may overlap with; of a list, the other lists.
+
+    Who looks at one on a share whose server is away waits for that.
+    """
+    if isinstance(source, ListSource):
+        return [one.file for one in sources if isinstance(one, ListSource) and one.name != source.name]
+    if not (source.folders or _moved_to(source)):
+        return []
+    others = [place for one in sources if one.name != source.name for place in (*one.folders, *_moved_to(one))]
+    return [*others, *filter(None, map(folder_of, targets))]
+
+
+def as_written(path: str) -> str:
+    """Return an absolute path as it is written, with links, and without a look at it."""
+    return os.path.normpath(f"/{path.lstrip('/')}")
+
+
 def _moved_to(source: Source) -> tuple[str, ...]:
     return (source.leaving.move_to,) if source.leaving.move_to else ()
 
@@ -257,11 +283,22 @@ def is_own(folder: str) -> bool:
 
 
 class _Folders:
-    """Where folders lie; each is looked at once."""
+    """Where folders lie; each is looked at once.
 
-    def __init__(self) -> None:
-        self._mounts = _mounts()
+    Args:
+        mute: those that are not looked at, as their file system does not answer.
+    """
+
+    def __init__(self, mute: Collection[str]) -> None:
+        self._mounts, self._mute = _mounts(), {*mute}
         self._known: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
+
+    def real(self, path: str) -> str:
+        """Return a path without links; as it is written, if it is not looked at."""
+        if path not in self._mute:
+            return resolved(path)
+        self._mute.add(written := as_written(path))
+        return written
 
     def overlap(self, one: str, other: str) -> bool:
         """Return True if one of two real paths is the other, or lies in it; also under another name of a folder.
@@ -290,7 +327,8 @@ class _Folders:
                 disk = place if system.startswith("nfs") else f"{fields[2]} {source}"
             way = []
             with suppress(OSError):  # what is not there is in nobody's way
-                way = [(there.st_dev, there.st_ino) for there in map(os.stat, (path, *map(str, Path(path).parents)))]
+                names = () if path in self._mute else (path, *map(str, Path(path).parents))
+                way = [(there.st_dev, there.st_ino) for there in map(os.stat, names)]
             self._known[path] = disk, f"/{os.path.normpath(inside).strip('/')}", way
         return self._known[path]
 

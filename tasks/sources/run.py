@@ -158,7 +158,8 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
             try:
                 await _answers(source)
                 others = await belonging.elsewhere(client)
-                await _while(wish, asyncio.to_thread(_check, source, sources, targets, before, others))
+                mute = await silent.mute(checks.places_beside(source, sources, targets), 0.0)
+                await _while(wish, asyncio.to_thread(_check, source, sources, targets, before, others, mute))
                 by_name = {one.name: one for one in targets}
                 sweeping = Sweep(source, by_name, home, ledger, dispatching, wish.check)
                 done = await _while(wish, sweeping.run(looks=looks))
@@ -244,10 +245,15 @@ async def _end_others(client: PrefectClient, flow_run: FlowRun) -> None:
 
 
 def _check(
-    source: Source, sources: list[Source], targets: list[Target], before: SweepRow, elsewhere: Mapping[str, str]
+    source: Source,
+    sources: list[Source],
+    targets: list[Target],
+    before: SweepRow,
+    elsewhere: Mapping[str, str],
+    mute: list[str],
 ) -> None:
     """Raise Misconfigured, with all reasons, if a source can't be swept."""
-    if wrong := checks.problems(source, sources, targets, before.mount, elsewhere):
+    if wrong := checks.problems(source, sources, targets, before.mount, elsewhere, mute):
         raise Misconfigured("; ".join(wrong), source.name)
 
 

@@ -226,6 +226,31 @@ def test_a_folder_whose_name_has_large_and_small_letters_is_one(place: Place, mo
     assert loop == "in and IN/deeper of target shelf overlap: what is delivered would come again"
 
 
+def test_a_share_that_does_not_answer_holds_up_no_other(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: no inbox was swept any more while the share of some folder target, or of another source, was away."""
+    shelf = FolderTarget(folder=place("share/shelf")).named("away")
+    other = inbox(place, "other", folder=place("share/in"), after="move", move_to=place("share/sent"))
+    box = inbox(place, after="move", move_to=place("sent"))
+    mute = checks.places_beside(box, [box, other], [*targets(place), shelf])
+    assert mute == [place(name) for name in ("share/in", "share/sent", "shelf", "share/shelf")]
+    stat, lstat = os.stat, os.lstat
+
+    def answers(path: object) -> None:
+        assert not str(path).startswith(place("share")), f"{path} is looked at"
+
+    monkeypatch.setattr(os, "stat", lambda path, *args, **more: answers(path) or stat(path, *args, **more))
+    monkeypatch.setattr(os, "lstat", lambda path, *args, **more: answers(path) or lstat(path, *args, **more))
+    away = [one for one in mute if one != place("shelf")]
+    assert checks.problems(box, [box, other], [*targets(place), shelf], mute=away) == []
+    with pytest.raises(AssertionError, match="is looked at"):
+        checks.problems(box, [box, other], [*targets(place), shelf])
+    shelf = FolderTarget(folder=place("share/../in/below")).named("away")
+    (loop,) = checks.problems(box, [box, other], [*targets(place), shelf], mute=[*away, shelf.folder])
+    assert "overlap: what is delivered would come again" in loop, "names alone say so"
+    one, two = (ListSource(file=place(f"share/{name}"), targets=["shelf"]).named(name) for name in ("one", "two"))
+    assert checks.places_beside(one, [one, two, box], targets(place)) == [two.file]
+
+
 @pytest.mark.parametrize(
     ("there", "system", "shared", "two"),
     [(True, "ext4", "", False), (True, "overlay", "", False), (True, "nfs4", "", True), (True, "", "", True),

@@ -11,12 +11,14 @@ from typing import Any, cast
 
 import pytest
 
+from blocks.folder import FolderTarget
 from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import Source
 from talaria.engine.sweeping import _Sweeping
 from talaria.front.api.errors import answer_to
 from talaria.service import Office, dispatches
+from talaria.service import sources as service
 from tasks.dispatch import line, running
 from tasks.dispatch.ends import refusal
 from tasks.dispatch.run import Dispatch
@@ -85,6 +87,18 @@ def test_a_sweep_ends_in_words_and_goes_on_when_the_share_is_back(
         await waits
 
     asyncio.run(ask())
+
+
+def test_who_applies_or_tests_a_source_is_told(tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a share of the source's own; others' are known by their names then."""
+    monkeypatch.setattr("talaria.service.sources.ANSWER_S", 0.0)
+    (tmp_path / "box").mkdir()
+    own, other = box(share.folder), box(tmp_path / "box")
+    shelf = FolderTarget(folder=str(share.folder / "shelf")).named("shelf")
+    with pytest.raises(SourceAway, match="does not answer"):
+        asyncio.run(service._mute([own], [own, other], [shelf]))
+    assert asyncio.run(service._mute([other], [own, other], [shelf])) == {own.folder, shelf.folder}
+    assert share.looks == 1
 
 
 @pytest.mark.parametrize("each", ["", "unit"])
