@@ -2,8 +2,8 @@
 
 The library makes the URLs and reads the JSON. This module adds what it would lose: queries in the form that servers
 read (it encodes `*`, which Orthanc then takes for a letter), answers in XML, the status, type and words of an answer
-that it can't read, and the Warning that there are more results. It never retries, and fetches no further page by
-itself: with a server that ignores `offset` that would never end.
+that it can't read, and the Warning that there are more results. It fetches no further page by itself: with a server
+that ignores `offset` that would never end.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from protocols.http.adapter import Adapter
 from protocols.http.answer import Answer
 from protocols.http.multipart import Parts, parameters
 from protocols.http.session import Session
-from transfer.errors import DispatchError, NotFound
+from transfer.errors import Busy, DispatchError, Interrupted, NotFound
 
 # It logs URLs, which hold what identifies patients, and servers' words, which may.
 logging.getLogger("dicomweb_client").setLevel(logging.CRITICAL + 1)
 
 ACCEPT = f"{JSON}, application/json;q=0.9"
 ACCEPT_XML = f'multipart/related; type="{XML}", {XML};q=0.9'
+
+FIRST_WAIT_S = 1.0  # at a server that asks to come back and doesn't say when; doubles each time
+MOST_WAIT_S = 60.0  # who has to wait longer gives the place to others meanwhile
 
 _TAG = re.compile(r"[0-9A-Fa-f]{8}")  # how an attribute is named (PS3.18 annex F.2.2)
 
@@ -62,10 +65,15 @@ class Page:
 
 
 class DicomwebClient:
-    """The searches and metadata of one service; for one thread at a time."""
+    """The searches and metadata of one service; for one thread at a time.
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    Args:
+        tries: how often a search is made over connections that break.
+        waits: how often it waits at a server that asks to come back.
+    """
+
+    def __init__(self, service: Service, tries: int = 1, waits: int = 0) -> None:
+        self._service, self._tries, self._waits = service, tries, waits
         session = requests.Session()
         session.trust_env = False  # proxies, certificates and passwords are the target's own
         session.headers.clear()
@@ -108,7 +116,7 @@ class DicomwebClient:
         }
         ask = asks[segments[-1]]
         above = [percent(uid, safe="") for uid in segments[1::2]]
-        found, answer = self._read(
+        found, answer = self._patiently(
             lambda: ask(*above, limit=limit, offset=offset, fields=fields or None, search_filters=dict(keys)),
             self._service.path(self._service.qido, *segments),
         )
@@ -131,6 +139,23 @@ class DicomwebClient:
         segments = [part for pair in zip(names, uids, strict=False) for part in pair]
         path = self._service.path(self._service.wado, *segments, "metadata")
         return self._read(lambda: ask(*(percent(uid, safe="") for uid in uids)), path)[0]
+
+    def _patiently(self, ask: Callable[[], Any], path: str) -> tuple[list[Attributes], Answer]:
+        broken = waited = 0
+        while True:
+            try:
+                return self._read(ask, path)
+            except Interrupted:
+                broken += 1
+                if broken >= self._tries:
+                    raise
+            except Busy as exc:
+                wait_s = FIRST_WAIT_S * 2**waited if exc.retry_after is None else exc.retry_after
+                later = self.last is not None and self.last[0].status in (429, 503)  # else it has failed
+                waited += 1
+                if waited > self._waits or not later or wait_s > MOST_WAIT_S:
+                    raise
+                dicomweb.pause(wait_s, self._service.session.check)
 
     def _read(self, ask: Callable[[], Any], path: str) -> tuple[list[Attributes], Answer]:
         """Let the library send and read; raise our own error, with the server's words, if it can't read the answer."""

@@ -27,7 +27,7 @@ from imaging.json import Attributes
 from imaging.match import in_days
 from protocols.dicomweb.client import DicomwebClient, Keys, Page, RequestRefused
 from protocols.dicomweb.service import Service
-from transfer.errors import Cancelled, DispatchError, Interrupted, Misconfigured, NotFound
+from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
 
 PAGE = 200  # results; Azure refuses to give more at once
 SMALL = 50  # results of a page, for servers that refuse so many as `PAGE`
@@ -62,11 +62,12 @@ class Archive:
         taken: the most that it has let us ask for.
         largest: by level, the most results that came in one answer.
         reached: by level, the most results of one search that are known to come, over all pages.
-        tries: how often a page is requested over connections that break.
+        tries, waits: as for `DicomwebClient`.
     """
 
     service: Service
     tries: int = 1
+    waits: int = 0
     left_out: set[str] = field(default_factory=set)
     closed: bool = False
     page: int = MOST
@@ -75,7 +76,7 @@ class Archive:
     reached: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.client = DicomwebClient(self.service)
+        self.client = DicomwebClient(self.service, self.tries, self.waits)
 
 
 class PagedSearch:
@@ -162,18 +163,12 @@ class PagedSearch:
         names = [key for key, _ in extra]
         keys = (*((key, value) for key, value in self.sent if key not in names), *extra)
         fields = self.fields if self._takes(FIELDS) else ()
-        for left in reversed(range(self.archive.tries)):
-            try:
-                if not self.paged:
-                    return self.archive.client.search(self.segments, keys, fields)
-                limit = min(limit, self.archive.page)
-                page = self.archive.client.search(self.segments, keys, fields, limit=limit, offset=offset)
-                self.archive.taken = max(limit, self.archive.taken)
-                return page
-            except Interrupted:
-                if not left:
-                    raise
-        raise ValueError("a page is requested at least once")
+        if not self.paged:
+            return self.archive.client.search(self.segments, keys, fields)
+        limit = min(limit, self.archive.page)
+        page = self.archive.client.search(self.segments, keys, fields, limit=limit, offset=offset)
+        self.archive.taken = max(limit, self.archive.taken)
+        return page
 
     def _learned(self, limit: int, refusal: RequestRefused) -> Page:
         """Find out which parameters the server refuses, as it doesn't name them; return the first page without them.

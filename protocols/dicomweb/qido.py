@@ -37,6 +37,8 @@ CASED = ("StudyDescription", "SeriesDescription")  # match in the case that they
 NO_VALUE, NO_DATE = "NO SUCH VALUE 7Q", "18000101"
 NAME_TRIES = 5  # with up to so many empty components less one at its end, as some write names (PS3.5 section 6.2.1)
 
+LIST_TRIES, LIST_WAITS = 3, 4  # of each search of a list
+
 MOST_READ = 500  # instances, for results that are shown without some letters
 
 _LEVELS = (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID"), ("instances", "SOPInstanceUID"))
@@ -47,6 +49,8 @@ _ENCODED = re.compile(r"[^A-Za-z0-9" + re.escape(dicomweb.QUERY_SAFE) + "]+")  #
 def find(service: Service, query: Query, *, tries: int = 1) -> Iterator[Match]:
     """Yield the studies or series that match, each once.
 
+    A list takes a search for each of its values: these are repeated each by itself, and none is made again for others.
+
     Args:
         tries: how often a page is requested over connections that break.
 
@@ -56,7 +60,8 @@ def find(service: Service, query: Query, *, tries: int = 1) -> Iterator[Match]:
     private = (query.PatientName, query.PatientID, *query.AccessionNumber)
     worded = (*private, *map(_loose, private))  # as servers get them
     service = service.hiding({form for value in worded for form in forms(value)})
-    finder = _Finder(Archive(service, tries), query)
+    long = max(len(query.AccessionNumber), len(listed(query.StudyInstanceUID))) > 1
+    finder = _Finder(Archive(service, LIST_TRIES, LIST_WAITS) if long else Archive(service, tries), query)
     for study in finder.studies():
         if query.level == "series":
             for series in finder.series_of(study):

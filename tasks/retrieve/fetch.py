@@ -28,6 +28,7 @@ from transfer.errors import (
     NotTrusted,
     Retryable,
     Unauthorized,
+    Unreachable,
     Unread,
 )
 from transfer.outcome import Kind
@@ -156,22 +157,34 @@ class Fetcher:
         self._find(self.job.pending[:BATCH])
         self.job.save()
 
-    def _find(self, batch: list[str]) -> None:
+    def _find(self, batch: list[str], *, at_once: bool = False) -> None:
+        """Search for some numbers.
+
+        Args:
+            at_once: with one attempt, as the source has answered for others.
+        """
         try:
-            found = self.patiently(lambda: self.find(batch))
+            if at_once:
+                with self.quiet.errors():
+                    found = self.find(batch)
+            else:
+                found = self.patiently(lambda: self.find(batch))
         except Cancelled:
             raise
         except DispatchError as exc:
             if exc.retryable and self.paused.is_set():
                 raise Cancelled("the retrieval is paused") from exc  # and goes on with them when it is resumed
-            if len(batch) == 1 or exc.retryable or self._fails_alike(batch[0], exc):
+            if len(batch) == 1 or self._fails_whole(batch, exc):
+                if at_once and exc.retryable and len(batch) > 1:
+                    self._find(batch)  # it has nothing to do with the numbers: it may pass
+                    return
                 self.job.failed |= dict.fromkeys(self.job.without_studies(batch), exc.message)
                 self._done(batch)
                 return
             # One of them is to blame: it must not take the others with it.
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
-                self._find(half)
+                self._find(half, at_once=True)
             return
         places = {number.strip().casefold(): place for place, number in reversed([*enumerate(batch)])}
         if not self.unread:
@@ -187,11 +200,21 @@ class Fetcher:
         known = set(batch)
         self.job.pending = [number for number in self.job.pending if number not in known]
 
+    def _fails_whole(self, batch: list[str], exc: DispatchError) -> bool:
+        """Return True if it is not some numbers, but the source that fails."""
+        if isinstance(exc, (*FOR_ALL, Unreachable)):
+            return True
+        some = dict.fromkeys((batch[0], batch[-1], batch[len(batch) // 2]))
+        return all(self._fails_alike(number, exc) for number in some)
+
     def _fails_alike(self, number: str, exc: DispatchError) -> bool:
         try:
-            self.find([number])
+            with self.quiet.errors():
+                self.find([number])
+        except Cancelled:
+            raise
         except DispatchError as other:
-            return other.message == exc.message
+            return (exc.retryable and other.retryable) or other.message == exc.message
         return False
 
     def search(self) -> None:

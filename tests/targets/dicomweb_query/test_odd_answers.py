@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from imaging.query import Query
+from protocols.dicomweb import client
 from talaria.testing import studies
 from tests.servers.dicomweb import JSON, Reply, Scripted, as_json
 from tests.targets.dicomweb_query.fetching import fetched, series_of
@@ -79,3 +80,18 @@ def test_results_that_all_lack_their_uid_are_not_taken_for_none(server: Scripted
     server._search = search  # type: ignore[method-assign]
     with pytest.raises(Misconfigured, match="StudyInstanceUID"):
         found(server)
+
+
+@pytest.mark.parametrize("reply", [Reply(429, headers={"Retry-After": "0"}), Reply(503), Reply(resets=True)])
+def test_a_list_at_a_server_that_asks_to_come_back_now_and_then(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, reply: Reply
+) -> None:
+    """It goes on with where it was; who began again would come no further than the server allows at once."""
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.0)
+    numbers = tuple(f"A{number}" for number in range(30))
+    hold(server, *(studies.dataset(AccessionNumber=number) for number in numbers))
+    usual = server._usual
+    server._usual = lambda request: reply if len(server.requests) % 7 in (0, 1) else usual(request)  # type: ignore[method-assign]
+    assert {match.attributes["AccessionNumber"] for match in found(server, Query(AccessionNumber=numbers))} == set(
+        numbers
+    )

@@ -1,4 +1,4 @@
-"""Retrievals from a source that accepts our credentials no more, or its certificate is another one."""
+"""Retrievals from a DICOMweb server: what one number or study meets stops no other; what all meet ends them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from protocols.dicomweb import client
 from talaria.testing import studies
 from tasks.dispatch import running
 from tasks.retrieve import run as engine
@@ -57,7 +58,9 @@ async def delivered(paths: list[str], targets: list[str], **_: Any) -> State[Any
 
 def retrieved(server: Scripted) -> Retrieval:
     wish = Wish("src", targets=("archive",), accessions=" ".join(NUMBERS))
-    source = dicomweb_target(server.url, direction="query", http_user="lab", http_password="secret-77", max_attempts=2)
+    source = dicomweb_target(
+        server.url, direction="query", http_user="lab", http_password="secret-77", max_attempts=2, retry_delay_s=0
+    )
     one = Retrieval(RUN, wish, source, Home.current(), delivered)
     asyncio.run(one.run())
     return one
@@ -106,3 +109,29 @@ def test_a_study_that_is_denied_takes_no_other_with_it_where_it_may_be_the_study
     refusing(server, 403, lambda number: number in ("8", "9"))
     found = retrieved(server).job.studies.values()
     assert {study.accession for study in found if study.stage is Stage.FAILED} == {"A8", "A9"}
+
+
+@pytest.mark.parametrize("status", [404, 500, 503])
+@pytest.mark.parametrize("bad", [{"A1"}, {"A5"}, {"A10"}, {"A1", "A6"}])
+def test_a_number_at_which_a_search_fails_fails_alone(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, bad: set[str], status: int
+) -> None:
+    """As where a server stumbles over what one study holds."""
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.0)
+    usual = server._usual
+
+    def answer(request: Request) -> Reply:
+        return Reply(status) if dict(request.query).get("AccessionNumber") in bad else usual(request)
+
+    server._usual = answer  # type: ignore[method-assign]
+    one = retrieved(server)
+    assert {study.accession for study in one.job.studies.values()} == set(NUMBERS) - bad
+    assert set(one.job.failed) == bad and all(str(status) in why for why in one.job.failed.values())
+
+
+@pytest.mark.parametrize("reply", [Reply(401), Reply(500), Reply(resets=True)], ids=["401", "500", "reset"])
+def test_a_list_of_which_all_fails_is_asked_for_a_few_times_only(server: Scripted, reply: Reply) -> None:
+    server._usual = lambda request: reply  # type: ignore[method-assign]
+    one = retrieved(server)
+    assert set(one.job.failed) == set(NUMBERS)
+    assert len(server.requests) <= (1 if reply.status == 401 else 10)
