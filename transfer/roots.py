@@ -12,7 +12,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from transfer.beneath import WAY, open_beneath, resolved
@@ -30,6 +33,8 @@ SPOOLS = re.compile(
     r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/.][^/]*|uploads/[^/]+/files|sources/[^/]+/batches)(/|$)"
 )
 SPOOLED = ("retrievals", "failed", "received", "uploads", "sources")
+LOOK_S = 2.0  # for the file system of a root to say where it leads
+KNOWN_S = 1.0  # for which that is known then
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,60 @@ class Roots:
         if is_private(real) if self.spools else is_in(real, state_folder()):
             raise Denied(f"{os.fspath(path)}: lies in Talaria's state directory, which holds secrets")
         for root in self.folders:
-            if is_in(real, base := resolved(root)):
+            if is_in(real, base := base_of(root)):
                 return base
         raise Denied(f"{os.fspath(path)}: lies below no folder of {self.setting}")
+
+
+class _Question:
+    """Where a root leads, asked in a thread that a share whose server is away may never end."""
+
+    def __init__(self, root: str, before: str) -> None:
+        self.real, self._root, self._begun, self._until = before, root, time.monotonic(), 0.0
+        self._thread = threading.Thread(target=self._ask, name="root", daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        with suppress(OSError):
+            self.real = resolved(self._root)
+        self._until = time.monotonic() + KNOWN_S
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been answered."""
+        return self._thread.is_alive()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been answered, and not just now."""
+        return not self.is_open and time.monotonic() >= self._until
+
+    def answer(self) -> str:
+        """Return what it is, or was when its file system answered last."""
+        self._thread.join(max(0.0, self._begun + LOOK_S - time.monotonic()))
+        return self.real
+
+
+_asked: dict[str, _Question] = {}
+_asking = threading.Lock()
+
+
+def base_of(root: str) -> str:
+    """Return a root without links; of one that does not answer, what it was before, or as it is written.
+
+    Whoever opens a file below any root asks for all of them, and would else wait for the server of each share.
+    """
+    with _asking:
+        one = _asked.get(root)
+        if one is None or one.is_over:
+            one = _asked[root] = _Question(root, one.real if one else root)
+    return one.answer()
+
+
+def is_silent(root: str) -> bool:
+    """Return True if the file system of a root does not answer."""
+    base_of(root)
+    return _asked[root].is_open
 
 
 def is_in(real: str, folder: str) -> bool:

@@ -42,7 +42,7 @@ class Sources:
         self._roots: list[tuple[str, int]] = []
         self.close = weakref.finalize(self, _close, self._roots)
         try:
-            for root in map(resolved, allowed.folders):
+            for root in map(roots.base_of, allowed.folders):
                 if any(roots.is_in(path, root) for path in self.paths):
                     self._roots.append((root, os.open(root, WAY)))
         except BaseException:

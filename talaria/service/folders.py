@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transfer.errors import Denied, NotFound
-from transfer.roots import Roots, is_in, state_folder
+from transfer.roots import Roots, base_of, is_in, is_silent, state_folder
 
 MOST = 500  # names of a folder that are listed
 
@@ -46,10 +46,11 @@ def listing(roots: Roots, path: str) -> Listing:
     Raises:
         Denied, NotFound: it lies below no root, is not there, or can't be read.
     """
-    tops = [one for one in roots.folders if not is_in(os.path.realpath(one), state_folder())]
+    tops = [one for one in roots.folders if not is_in(base_of(one), state_folder())]
     if not path:
         if len(tops) > 1:
-            return Listing("", entries=[Entry(one, one, folder=True) for one in tops if Path(one).is_dir()])
+            there = [one for one in tops if not is_silent(one) and Path(one).is_dir()]
+            return Listing("", entries=[Entry(one, one, folder=True) for one in there])
         if not tops:
             raise Denied(f"{roots.setting} names no folder that can be looked into")
         path = tops[0]

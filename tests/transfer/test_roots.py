@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,36 @@ def folder(inside: Path) -> Iterator[int]:
 def read(fd: int) -> str:
     with open(fd, encoding="utf-8") as file:
         return file.read()
+
+
+def test_a_root_that_does_not_answer_holds_up_none_that_does(
+    tmp_path: Path, inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: nothing was sent any more, from any folder, while the server of one share of TALARIA_SOURCES was away."""
+    share, look, back, looks = tmp_path / "share", os.lstat, threading.Event(), list[str]()
+    share.symlink_to(tmp_path / "outside")
+
+    def hangs(path: str, *args: Any, **more: Any) -> os.stat_result:
+        if os.fspath(path) == str(share):
+            looks.append(path)
+            back.wait(60)
+        return look(path, *args, **more)
+
+    monkeypatch.setattr(os, "lstat", hangs)
+    monkeypatch.setattr(roots, "LOOK_S", 0.1)
+    monkeypatch.setattr(roots, "KNOWN_S", 0.0)
+    monkeypatch.setenv("TALARIA_SOURCES", f"{share}:{inside}")
+    for _ in range(3):
+        assert [item.path for item in scan([inside]).items] == ["a/b/file"]
+        with pytest.raises(Denied):
+            roots.sources().check(tmp_path / "outside" / "file")
+    assert len(looks) == 1, "one thread waits there"
+    back.set()
+    roots._asked[str(share)]._thread.join()
+    roots.sources().check(tmp_path / "outside" / "file")
+    back.clear()
+    roots.sources().check(tmp_path / "outside" / "file")  # it was so when it answered last
+    back.set()
 
 
 def test_what_lies_below_is_opened(way: str, folder: int, inside: Path) -> None:

@@ -17,7 +17,7 @@ from talaria.front.api.errors import answer_to
 from talaria.front.pages.site import Site, fields, shown, size
 from talaria.front.pages.texts import text
 from talaria.service import Conflict, Office
-from transfer import roots
+from transfer import roots, silent
 from transfer.roots import Roots
 
 if TYPE_CHECKING:
@@ -119,11 +119,13 @@ async def browse(office: Office, places: Callable[[], Roots], path: str | None) 
     Args:
         places: returns the folders below which may be looked.
     """
+    from talaria.service.dispatches import ANSWER_S
     from talaria.service.folders import listing
 
     if path is None or not office.embedded:
         return None, ""
     try:
+        await silent.check([path] if path else [], ANSWER_S)
         return await asyncio.to_thread(lambda: listing(places(), path)), ""
     except Exception as exc:
         return None, answer_to(exc)[1]
