@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transfer.columns import BETWEEN, check, check_lines, check_title, only_column
 from transfer.errors import Misconfigured
+from transfer.remarks import check_made_numbers, check_words, without_remarks
 
 MOST_CHARS = 64
 QUOTES = "\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb"
@@ -32,7 +33,6 @@ _TWO_WORDS = re.compile(
 )
 SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
 _RULE = re.compile(r"(?m)^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:[|+][-:+| \t]*)\r?$")  # below the titles of a table in text
-_ROWS = re.compile(r"(?m)^\(\d+ rows?\)\r?$")  # the last line of one that a database prints
 _COUNTED = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+(?=\S)")  # what stands before each line of a numbered list
 _SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?[Ee]\+\d+(?!\w)")
 # As programs write lists: ['A1', 'A2'], accession IN ('A1', 'A2').
@@ -49,28 +49,30 @@ class NoNumbers(Misconfigured):
 def accessions(text: str) -> tuple[str, ...]:
     """Return the accession numbers of a text, each once, in order; none of a blank one.
 
-    Separated by commas, semicolons, blanks, tabs or new lines; quotes around one, byte-order marks and the title of a
-    column are dropped. In double quotes a number may hold blanks and commas.
+    Separated by commas, semicolons, blanks, tabs or new lines; quotes around one, byte-order marks, the title of a
+    column, comments and a last line as `Total: 2` are dropped. In double quotes a number may hold blanks and commas.
 
     Raises:
         Misconfigured: a value is not an accession number (too long, or with control characters or a backslash), or no
-            longer one (1.23E+11); or the text is a table that doesn't say which column is meant.
+            longer one (1.23E+11, 123.0); or a line holds words beside a number; or the text is a table that doesn't
+            say which column is meant.
         NoNumbers: there is a title alone, or signs: a search without numbers would find everything.
     """
-    text = _BLANK_LINES.sub("", SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff"))))
+    text = SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff")))
+    given = text.splitlines()
+    text = _BLANK_LINES.sub("", "".join(without_remarks(text.splitlines(keepends=True), [*map(_has_title, given)])))
     if (in_brackets := _BRACKETS.fullmatch(text)) and re.search("[,'\"]", in_brackets[1]):
         text = re.sub("'([^'\"\n]*)'", r'"\1"', in_brackets[1])
     if "|" in text and _RULE.search(text):  # as wikis and databases print tables
-        text = "\n".join(
-            line.strip().strip("|").replace("|", "\t") for line in _ROWS.sub("", _RULE.sub("", text)).splitlines()
-        )
+        text = "\n".join(line.strip().strip("|").replace("|", "\t") for line in _RULE.sub("", text).splitlines())
         text = _BLANK_LINES.sub("", text)
     lines = text.strip().splitlines()
     if [mark[1] if (mark := _COUNTED.match(line)) else "" for line in lines] == [*map(str, range(1, len(lines) + 1))]:
         text = _COUNTED.sub("", text)
     column = _column(_with_tabs(text))
     if not column:
-        _check_list(text)
+        _check_list(text, given)
+    check_made_numbers(column or _values(_QUOTED.sub(" ", _AS_TEXT.sub(" ", text))), "" if column else text)
     _check_shortened("\n".join(column) if column else text)
     found = dict.fromkeys(_checked(column or _values(text)))
     first = next(iter(found), "")
@@ -85,20 +87,33 @@ def _no_numbers() -> NoNumbers:
     return NoNumbers("the list holds no accession number: those have letters or digits")
 
 
-def _check_list(text: str) -> None:
+def _has_title(line: str) -> bool:
+    return any(map(_is_title, re.split(f"[{SIGNS}]", line)))
+
+
+def _check_list(text: str, given: list[str]) -> None:
     """Look at a list that is no table.
+
+    Args:
+        given: the lines that it was given in.
 
     Raises:
         Misconfigured: its lines hold more than numbers, or its title says that they hold something else.
     """
     if not any(sign in text.partition("\n")[0] for sign in SIGNS):  # else it has been looked at as a table
-        check_lines(
-            [one for one in BETWEEN.split(_TWO_WORDS.sub("", line)) if _says_something(one) and not _is_title(one)]
-            for line in _QUOTED.sub("1", text).splitlines()
-        )
+        check_lines(map(_said, text.splitlines()))
+        if not _BRACKETS.fullmatch("\n".join(given)):
+            kept = set(text.splitlines())
+            check_words([_said(line) if line in kept else [] for line in given])
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and not _titled(text).startswith("accessionnumber "):
         check_title(_cell(lines[0]))
+
+
+def _said(line: str) -> list[str]:
+    """Return the values of a line that say something, and are no title."""
+    values = BETWEEN.split(_TWO_WORDS.sub("", _QUOTED.sub("1", line)))
+    return [one for one in values if _says_something(one) and not _is_title(one)]
 
 
 def of_cells(cells: Iterable[str]) -> tuple[str, ...]:
@@ -108,6 +123,7 @@ def of_cells(cells: Iterable[str]) -> tuple[str, ...]:
         Misconfigured: as `accessions`.
     """
     values = [_cell(UNSEEN.sub("", cell)) for cell in cells]
+    check_made_numbers(values)
     _check_shortened("\n".join(values))
     return tuple(dict.fromkeys(_checked(value for value in values if value)))
 
@@ -118,8 +134,10 @@ def pasted(numbers: Iterable[str]) -> str:
 
 
 def _is_plain(number: str) -> bool:
+    """Return True if a number is taken as it is, also as the first or the last one of several."""
     try:
-        return accessions(number) == (number,)
+        around = accessions(f"{number}\n0A"), accessions(f"0A\n{number}")
+        return accessions(number) == (number,) and around == ((number, "0A"), ("0A", number))
     except Misconfigured:
         return False
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from transfer.accessions import accessions, from_file, pasted
+from transfer.accessions import accessions, from_file, of_cells, pasted
 from transfer.errors import Misconfigured
 
 
@@ -122,6 +124,47 @@ from transfer.errors import Misconfigured
         ("A1\tB2 CT3\nD4;E5", ("A1", "B2", "CT3", "D4", "E5")),
         ("A1 NOPE A2", ("A1", "NOPE", "A2")),
         ("ONE,TWO\n1A,2B,3C", ("ONE", "TWO", "1A", "2B", "3C")),
+        # Comments: lines that begin with #, and what stands behind a number.
+        ("# comment\nA1\nA2", ("A1", "A2")),
+        ("#the list of Monday 2 patients\nA1\nA2", ("A1", "A2")),
+        ("# A0\nA1 # urgent please\nA2", ("A1", "A2")),
+        ("# of 2024; from PACS 1\nName;Accession\nx;A1\ny;A2", ("A1", "A2")),
+        ("#123\n#124", ("#123", "#124")),
+        ("Accession\n#123\n#124", ("#123", "#124")),
+        ("Accession,Name\n#123,Doe\n#124,Roe", ("#123", "#124")),
+        ("# 123\n# 124", ("123", "124")),
+        ("#,Accession\n1,A1\n2,A2", ("A1", "A2")),
+        ('"#123"\n"A1 # x"\nA2', ("#123", "A1 # x", "A2")),
+        ("Accession # 123\nAccession # 124", ("123", "124")),
+        # Last lines that count.
+        *(
+            (f"A1\nA2\n{last}\n\n", ("A1", "A2"))
+            for last in (
+                "Total: 2",
+                "Total 2",
+                "Total:2",
+                "TOTAL\t2",
+                "Sum 2",
+                "Count: 12",
+                "Grand total; 2",
+                "Total",
+                "Anzahl: 2",
+                "Number of studies: 2",
+                "2 records",
+                "(2 rows)",
+                "2 rows in set (0.00 sec)",
+                "Total studies = 1.234",
+            )
+        ),
+        ("Accession,Name\nA1,x\nA2,y\nTotal,2", ("A1", "A2")),
+        ("accession\n-----------\nA1\nA2\n(2 rows)\n", ("A1", "A2")),
+        ("| Accession | N |\n|---|---|\n| A1 | 2 |\n| Total | 2 |", ("A1",)),
+        ('A1\n"Total: 2"', ("A1", "Total: 2")),
+        ("A1\nSUM-12", ("A1", "SUM-12")),
+        ("SUM:10\nSUM:11", ("SUM:10", "SUM:11")),
+        ("A:1\nB:2", ("A:1", "B:2")),
+        ("10.0\n10.1", ("10.0", "10.1")),
+        ('"123.0"\nA1', ("123.0", "A1")),
         ("", ()),
         (" \n,;\t", ()),
         ("\u5929-1", ("\u5929-1",)),
@@ -144,6 +187,45 @@ def test_what_a_spreadsheet_has_shortened_is_refused_and_not_looked_for(text: st
     with pytest.raises(
         Misconfigured, match=r"(?i)E\+\d\d is what a spreadsheet has left .* format that column as text"
     ):
+        accessions(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("123.0\n124.0", "123.0"), ("123.00", "123.00"), ("A1, 7.0", "7.0"), ("123,0\n124,0", "123,0"),
+        ("Accession,Name\n123.0,x\n124.0,y", "123.0"), ("Accession\n123.0\n124.0", "123.0"),
+    ],
+)  # fmt: skip
+def test_what_a_spreadsheet_has_taken_for_a_quantity_is_refused(text: str, made: str) -> None:
+    with pytest.raises(Misconfigured, match=rf"^{re.escape(made)} is what a spreadsheet has made of .* column as text"):
+        accessions(text)
+    with pytest.raises(Misconfigured, match=r"^7\.0 is what a spreadsheet .* column as text$"):
+        of_cells(["7.0", "8.0"])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("A1\n\nPage 1 of 1", 3), ("A1\nA2\nPrinted: 2024-01-01", 3), ("\nA1\nTotal: 2\nA3", 3), ("# x\nAC 12 X\nA2", 2)],
+)
+def test_words_beside_a_number_are_refused_for_they_may_make_another_one_of_it(text: str, line: int) -> None:
+    with pytest.raises(Misconfigured, match=f"^line {line} of the list holds words beside a number: .* double quotes$"):
+        accessions(text)
+
+
+@pytest.mark.parametrize("text", ["A1\n#123", "Accession,Name\nA5,Roe\n#123,Doe"])
+def test_what_may_be_a_comment_or_a_number_is_refused(text: str) -> None:
+    with pytest.raises(Misconfigured, match=r"^line [23] of the list begins with #: .* double quotes$"):
+        accessions(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["total" + " " * 100_000 + "x-", "1" * 100_000, "#" * 100_000, "A1 # " + "x " * 50_000, "1 " * 50_000],
+    ids=["blanks", "digits", "hashes", "comment", "words"],
+)
+def test_long_lines_take_no_longer_than_they_are(text: str) -> None:
+    with suppress(Misconfigured):
         accessions(text)
 
 
@@ -201,9 +283,13 @@ def test_a_column_that_is_titled_as_something_else_is_refused(title: str) -> Non
         accessions(f"{title}\n4711\n4712\n")
 
 
-@pytest.mark.parametrize("number", ["AC 12 X", "X Y 1", "A;B1", "Doe 1"])
+@pytest.mark.parametrize(
+    "number", ["AC 12 X", "X Y 1", "A;B1", "Doe 1", "#1", "# 1", "A1 # x", "Total:2", "123.0", "2 rows"]
+)
 def test_numbers_with_blanks_and_signs_are_kept_as_they_are(number: str) -> None:
     assert accessions(pasted(["A1", number, "A2"])) == ("A1", number, "A2")
+    assert accessions(pasted([number, "A1"])) == (number, "A1")
+    assert accessions(pasted(["A1", number])) == ("A1", number)
 
 
 def test_which_value_is_no_number_is_said_without_it() -> None:
