@@ -134,7 +134,8 @@ class Documents(Generic[B]):
         known, word = sorted(str(document.name) for document in await self.documents(client)), self.kind.word
         command = f"`talaria {self.kind.seen_to_by or word} apply FILE.yaml`"
         there = f"there are: {', '.join(known)}" if known else f"there are none yet: {command}"
-        return NotFound(f"no {word} named {', '.join(names)}; {there}")
+        asked = ", ".join(name for name in names if name.strip())
+        return NotFound(f"no {word} named {asked}; {there}" if asked else f"no {word} is named; {there}")
 
     async def _made(self, client: PrefectClient, document: BlockDocument, *, known: bool) -> B:
         """Return the block that a document holds, which may be one without secrets (`known` false).

@@ -26,12 +26,9 @@ def qualified(document: BlockDocument) -> str:
 def split(written: str) -> tuple[str | None, str]:
     """Return the type, if one is given, and the name that somebody wrote: `pacs`, `dicom/pacs`, `dicom-target/pacs`.
 
-    Raises:
-        Misconfigured: there is no name.
+    The name is "" if there is none.
     """
     prefix, slash, name = written.strip().rpartition("/")
-    if not name:
-        raise Misconfigured(f"{written!r} is not a name")
     return (SLUGS.get(prefix, prefix) if slash else None), name
 
 

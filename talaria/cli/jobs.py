@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import Access, api
-from talaria.cli.output import Json, print_json, table
+from talaria.cli.output import Json, given_value, print_json, table
 from talaria.cli.retrieve import finish as finish_retrieval
 from talaria.cli.retrieve import show_result
 from talaria.cli.send import finish, show_receipt
@@ -71,13 +71,16 @@ def show(
 @app.command(epilog="Example: talaria jobs retry 3f2a")
 def retry(
     job: Job,
-    only: Annotated[str, typer.Option(help="The one target of a dispatch that is tried again.", metavar="NAME")] = "",
+    only: Annotated[
+        str | None, typer.Option(help="The one target of a dispatch that is tried again.", metavar="NAME")
+    ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run an ended job again: only what is missing is fetched or sent, only a failed hook is run."""
+    asked = {} if only is None else {"only": given_value("--only", only)}
     with api() as access:
-        _go_on(access, access.call("retry_job", job=job, **({"only": only} if only else {})), no_wait, as_json)
+        _go_on(access, access.call("retry_job", job=job, **asked), no_wait, as_json)
 
 
 @app.command(epilog="Example: talaria jobs send 3f2a --to archive")

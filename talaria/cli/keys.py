@@ -11,20 +11,29 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from talaria.cli.output import given_value
+
 LISTS = "separated by commas"
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The options, each as it was given."""
+    """The options, each as it was given; None if it was not.
 
-    accession: Annotated[str, typer.Option(help=f"Accession numbers, {LISTS}.", metavar="A,B")] = ""
-    patient_id: Annotated[str, typer.Option(help="Patient ID; * and ? are wild cards.", metavar="P")] = ""
-    patient_name: Annotated[str, typer.Option(help="Patient's name; * and ? are wild cards.", metavar="N")] = ""
-    study_date: Annotated[str, typer.Option(help="As 20240131, or FROM-TO, FROM- or -TO.", metavar="FROM-TO")] = ""
-    modality: Annotated[str, typer.Option(help="Modality, as in CT.", metavar="M")] = ""
-    study_uid: Annotated[str, typer.Option(help="Study Instance UID.", metavar="U")] = ""
-    series_uid: Annotated[str, typer.Option(help="Series Instance UID.", metavar="U")] = ""
+    One that is empty, as of a script's variable that is not set, would ask for nothing, and the others find more.
+    """
+
+    accession: Annotated[str | None, typer.Option(help=f"Accession numbers, {LISTS}.", metavar="A,B")] = None
+    patient_id: Annotated[str | None, typer.Option(help="Patient ID; * and ? are wild cards.", metavar="P")] = None
+    patient_name: Annotated[str | None, typer.Option(help="Patient's name; * and ? are wild cards.", metavar="N")] = (
+        None
+    )
+    study_date: Annotated[
+        str | None, typer.Option(help="As 20240131, or FROM-TO, FROM- or -TO.", metavar="FROM-TO")
+    ] = None
+    modality: Annotated[str | None, typer.Option(help="Modality, as in CT.", metavar="M")] = None
+    study_uid: Annotated[str | None, typer.Option(help="Study Instance UID.", metavar="U")] = None
+    series_uid: Annotated[str | None, typer.Option(help="Series Instance UID.", metavar="U")] = None
     study_description: Annotated[
         list[str], typer.Option(help=f"Study descriptions, {LISTS}; may be given several times.", metavar="D,...")
     ] = field(default_factory=list)
@@ -33,9 +42,17 @@ class Keys:
     ] = field(default_factory=list)
 
     def given(self) -> dict[str, Any]:
-        """Return the options by name, as `talaria.service.retrievals` takes them, lists of descriptions as lists."""
-        of_study, of_series = _values(self.study_description), _values(self.series_description)
-        return asdict(self) | {"study_description": of_study, "series_description": of_series}
+        """Return the options that were given by name, as `talaria.service.retrievals` takes them.
+
+        Raises:
+            ValueError: one is empty.
+        """
+        found: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if value is not None and value != []:
+                found[name] = _values(value) if isinstance(value, list) else value
+                given_value(f"--{name.replace('_', '-')}", "".join(found[name]).replace(",", ""))
+        return found
 
 
 def _values(given: Iterable[str]) -> list[str]:

@@ -167,6 +167,17 @@ def checked(target: dict[str, Any]) -> str:
     return "" if last is None else f"{'ok' if last['ok'] else 'failed'} {last['time']}"
 
 
+def given_value(what: str, text: str) -> str:
+    """Return the value that somebody gave, which is not empty; without it, the command would do more.
+
+    Args:
+        what: the option or argument, for the message.
+    """
+    if not text.strip():
+        raise ValueError(f"{what} is empty: give a value, or leave it out")
+    return text
+
+
 def given_path(text: str) -> Path:
     """Return the path that somebody gave, whose name is not empty.
 

@@ -77,6 +77,7 @@ STREAMS: dict[str, tuple[str, str]] = {
     "test_values": ("POST", "/target-tests/unsaved"),
     "follow_job": ("GET", "/jobs/{job}/events"),
 }
+LISTED = {"targets": "target", "sources": "source", "rules": "notify", "jobs": "jobs"}  # by which command
 IN_QUERY = ("test_targets", "retry_job")  # their values are in the query although they are a POST
 AGAIN = ("create_dispatch", "create_query", "create_retrieval")  # with a key, so that they can be sent again
 
@@ -252,7 +253,11 @@ def _request(route: tuple[str, str], given: dict[str, Any], *, in_query: bool) -
     method, path = route
     for name in [name for name in given if f"{{{name}}}" in path]:
         value = str(given.pop(name)).strip()
-        path = path.replace(f"{{{name}}}", quote(value, safe="/") if name == "name" else quote(value, safe="") or "%20")
+        parts = value.split("/") if value else [" "]  # the server refuses that with the names that there are
+        if not {"", ".", ".."}.isdisjoint(parts) or "\\" in value or (name == "job" and len(parts) > 1):
+            command = f"`talaria {LISTED[path.split('/')[1]]} list`"
+            raise ValueError(f"nothing is named {value!r}: {command} shows what there is")
+        path = path.replace(f"{{{name}}}", "/".join(quote(part, safe="") for part in parts))
     if method in ("GET", "DELETE") or in_query:
         values = {name: _written(value) for name, value in given.items() if value is not None}
         return method, f"{path}?{urlencode(values)}" if values else path, b"" if method == "POST" else None

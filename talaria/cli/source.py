@@ -8,7 +8,7 @@ import typer
 
 from talaria.cli.access import api
 from talaria.cli.kinds import add_apply, print_done, print_types, shown, types_of
-from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
+from talaria.cli.output import DONE, NOT_ALL, Json, given_value, print_json, table
 from talaria.console import say
 
 app = typer.Typer(
@@ -117,12 +117,13 @@ def sweep(name: Name, as_json: Json = False) -> None:
 @app.command(epilog="Example: talaria source retry inbox")
 def retry(
     name: Name,
-    unit: Annotated[str, typer.Argument(help="One unit; all that failed or are held by default.")] = "",
+    unit: Annotated[str | None, typer.Argument(help="One unit; all that failed or are held by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Have units that failed, or are held, dispatched again."""
+    one = "" if unit is None else given_value("the unit's name", unit)
     with api() as access:
-        print_done(access.call("retry_source", name=name, unit=unit), as_json)
+        print_done(access.call("retry_source", name=name, unit=one), as_json)
 
 
 @app.command(epilog="Example: talaria source remove inbox")

@@ -9,7 +9,7 @@ import typer
 
 from talaria.cli.access import api
 from talaria.cli.kinds import add_apply, print_done, shown, types_of
-from talaria.cli.output import DONE, NOT_ALL, Json, checked, enabled, print_json, table
+from talaria.cli.output import DONE, NOT_ALL, Json, checked, enabled, given_value, print_json, table
 from talaria.console import say
 
 app = typer.Typer(
@@ -148,6 +148,8 @@ def test(
     as_json: Json = False,
 ) -> None:
     """Check targets step by step, where dispatches run; a probe is written where it can be removed again."""
+    if name is not None:
+        given_value("the target's name", name)
     if (name is not None) + all_ + (file is not None) != 1 and not (name and file):
         raise ValueError("say which: a NAME, --all, or --file FILE.yaml")
     values = _of_file(file, name) if file else {}

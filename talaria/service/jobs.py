@@ -79,11 +79,14 @@ async def found(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS))
     """Find a job by the id of its run, the beginning of it, or the id of its dispatch.
 
     Raises:
-        NotFound, Misconfigured: there is none, or there are several; the message lists them.
+        NotFound, Misconfigured: there is none, or there are several, which the message lists; or it is of another kind.
     """
-    flow_run = await runs.find(office.client, job, flows=tuple(KINDS[kind] for kind in kinds))
-    if runs.kind_of(flow_run) not in kinds:
-        raise NotFound(f"no {' or '.join(kinds)} {job}")
+    try:
+        flow_run = await runs.find(office.client, job, flows=tuple(KINDS[kind] for kind in kinds))
+    except NotFound:
+        flow_run = await runs.find(office.client, job, flows=tuple(KINDS.values()))
+    if (kind := runs.kind_of(flow_run)) not in kinds:
+        raise NotFound(f"{flow_run.id} is a {kind}, no {' or '.join(kinds)}")
     return flow_run
 
 
@@ -101,8 +104,10 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
     run_id = str(flow_run.id)
     if only:
         only = split(only)[1]
+        if (kind := runs.kind_of(flow_run)) != "dispatch":
+            raise Misconfigured(f"{run_id} is a {kind}: only of a dispatch, one target alone can be tried again")
         targets = [split(name)[1] for name in asked_list(flow_run.parameters, "targets")]
-        if runs.kind_of(flow_run) != "dispatch" or only not in targets:
+        if only not in targets:
             raise Misconfigured(f"{only} is not one of the targets of {run_id}: {', '.join(targets)}")
     if flow_run.state and flow_run.state.is_final():
         if only and await rest.receipts(office.client, office.home, run_id) is None:
@@ -136,7 +141,9 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
     Raises:
         NotFound: all of what a source has dispatched has left it. Misconfigured: that source is another host's.
     """
-    flow_run = await found(office, job, ("dispatch",))
+    flow_run = await found(office, job)
+    if (kind := runs.kind_of(flow_run)) != "dispatch":
+        raise Misconfigured(f"{flow_run.id} is a {kind}: files of a dispatch alone can be sent, so retrieve again")
     asked = {key: value for key, value in flow_run.parameters.items() if key not in ("targets", "force")}
     check_asked(asked["paths"], to)
     origin = Origin(*(str(asked.get(name, "")) for name in ("sender_aet", "receiver_aet", "sender_host")))

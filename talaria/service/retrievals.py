@@ -121,6 +121,8 @@ async def create_retrieval(
         NotFound, Misconfigured, ValueError: it can't be done, or nothing is asked for.
     """
     wanted = _query(**keys)
+    if numbers and not any(one.strip() for one in numbers):  # other keys alone would find more than what was meant
+        raise ValueError("numbers: all of them are blank")
     numbers = tuple(dict.fromkeys(one for one in (*wanted.AccessionNumber, *numbers) if one.strip()))
     if bool(targets) == bool(into):
         raise ValueError("give either --to NAME or --into FOLDER")

@@ -13,8 +13,8 @@ from transfer.query import study_tests
 
 
 def test_options_list_descriptions_and_the_api_takes_each_as_it_is() -> None:
-    given = Keys(study_description=['CT, "CHEST, PA"', "ct"], series_description=[""]).given()
-    assert given["study_description"] == ["CT", "CHEST, PA", "ct"] and given["series_description"] == []
+    given = Keys(study_description=['CT, "CHEST, PA"', "ct"]).given()
+    assert given == {"study_description": ["CT", "CHEST, PA", "ct"]}
     made = query_of(study_descriptions=given["study_description"], series_descriptions=["AX T1, 5mm", " "])
     assert made.StudyDescription == ("CT", "CHEST, PA", "ct") and made.SeriesDescription == ("AX T1, 5mm",)
 
@@ -61,3 +61,20 @@ def test_a_search_for_what_is_no_number_does_not_ask_for_everything() -> None:
     """It would have found all, and a retrieval with a date fetched all of that day."""
     with pytest.raises(Misconfigured, match="holds no accession number"):
         Wish("pacs", ("archive",), accessions="*", filters=query_of(study_date="20240101")).numbers()
+
+
+@pytest.mark.parametrize("key", ["accession", "patient_id", "study_date", "modality", "series_uid"])
+@pytest.mark.parametrize("empty", ["", " ", " , "])
+def test_an_option_that_is_empty_does_not_ask_for_everything(key: str, empty: str) -> None:
+    """As `--accession "$NUMBER"` where the variable is not set: with a date, all of that day was fetched."""
+    option = f"--{key.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"{option} is empty: give a value, or leave it out"):
+        Keys(**{"modality": "CT", key: empty}).given()
+    assert Keys(modality="CT").given() == {"modality": "CT"}
+
+
+@pytest.mark.parametrize("empty", [[""], [" , "], [",", ""]])
+def test_descriptions_that_are_empty_do_not_ask_for_everything(empty: list[str]) -> None:
+    with pytest.raises(ValueError, match="--series-description is empty"):
+        Keys(modality="CT", series_description=empty).given()
+    assert Keys(series_description=["", "T1"]).given() == {"series_description": ["T1"]}

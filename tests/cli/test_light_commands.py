@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from talaria import __version__
+from talaria.cli import remote
 from talaria.cli.kinds import types_of
 from tests.servers.api import SECRET, Api, api, events
 from tests.servers.certificates import Authority
@@ -195,6 +196,24 @@ def test_a_retrieval_that_waits_says_until_when_and_for_what(tmp_path: Path) -> 
     with api(tmp_path / "home", answers) as one:
         ran = run(one, "retrieve", "pacs", "--accession", "A1", "--off-peak", "--to", "cloud")
     assert ran.returncode == 1 and "Retrieval from pacs: waiting" in ran.stdout and words(ran)[1:] == [message]
+
+
+@pytest.mark.parametrize(
+    ("operation", "given", "listed"),
+    [
+        ("show_target", "a/", "target"),
+        ("enable_source", "..", "source"),
+        ("test_rule", "a//b", "notify"),
+        ("remove_target", "a\\b", "target"),
+        ("show_job", "../3f2a", "jobs"),
+        ("retry_job", "dicom/3f2a", "jobs"),
+    ],
+)
+def test_what_can_be_no_name_is_said_to_be_none(operation: str, given: str, listed: str) -> None:
+    """The server said that the path has dots for folders, double slashes or backslashes."""
+    what = {"job" if listed == "jobs" else "name": given}
+    with pytest.raises(ValueError, match=rf"`talaria {listed} list` shows"):
+        remote._request(remote.ROUTES[operation], what, in_query=False)
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 2), (403, 2), (404, 2), (409, 2), (422, 2), (500, 3), (502, 1)])

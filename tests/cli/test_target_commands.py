@@ -120,6 +120,9 @@ def test_wrong_names_are_refused_with_those_that_there_are(up: Talaria, tmp_path
     assert "b is there already" in refused(up, "target", "rename", "a", "b")
     assert "lower-case letters" in refused(up, "target", "rename", "a", "B_c")
     assert "--all" in refused(up, "target", "test")
+    assert "the target's name is empty" in refused(up, "target", "test", "")
+    assert "no target is named; there are: a, b" in refused(up, "target", "disable", "")
+    assert "no source is named; there are none yet" in refused(up, "source", "sweep", " ")
     assert "/no/such.yaml" in refused(up, "target", "apply", "/no/such.yaml")
     assert [one["name"] for one in up.told("target", "list")["targets"]] == ["a", "b"]
 

@@ -459,9 +459,14 @@ def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) 
         trail = up.told("audit", "show", "--last", "50")["entries"]
         assert "PatientName" in [one for one in trail if one["event"] == "query"][-1]["details"]["keys"]
         assert not any("Nobody" in json.dumps(one) for one in trail)
-        for nothing in ({}, {"numbers": ["", " "]}):
+        for nothing in ({}, {"numbers": ["", " "]}, {"numbers": [" "], "study_date": "20260101"}):
             assert api.post("/retrievals", json={"source": "src", "into": into} | nothing).status_code == 422
-        assert api.get(f"/retrievals/{made['flow_run_id']}").json()["run"]["kind"] == "retrieval"
+        run = made["flow_run_id"]
+        assert api.get(f"/retrievals/{run}").json()["run"]["kind"] == "retrieval"
+        for asked in (("send", {"json": {"to": ["src"]}}), ("retry", {"params": {"only": "src"}})):
+            answer = api.post(f"/jobs/{run}/{asked[0]}", **asked[1])
+            assert answer.status_code == 422 and f"{run} is a retrieval" in answer.json()["error"]
+        assert api.get(f"/dispatches/{run[:13]}").json() == {"error": f"{run} is a retrieval, no dispatch"}
 
 
 def test_the_trail_says_who_asked_for_what(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
