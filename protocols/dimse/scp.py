@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Protocol
 
+from imaging.header import UID
 from protocols.dimse import acceptance
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.message import ABORT_PDU
@@ -343,9 +344,12 @@ def _exactly(sock: socket.socket, count: int, end: float) -> bytes:
 
 
 def _choose(services: frozenset[str], abstract: str, offered: tuple[str, ...]) -> str | int:
-    """Return the first offered syntax, for any SOP class of the storage service; an uncompressed one for others."""
+    """Return the first offered syntax that is a UID, for any SOP class of the storage service.
+
+    Of other services, it is an uncompressed one.
+    """
     if abstract in services:
         return next((syntax for syntax in offered if syntax in UNCOMPRESSED), acceptance.NO_SYNTAX)
     if abstract.startswith(OTHERS) and abstract not in STORED:
         return acceptance.NO_CLASS
-    return offered[0] if offered else acceptance.NO_SYNTAX
+    return next((syntax for syntax in offered if UID.fullmatch(syntax)), acceptance.NO_SYNTAX)

@@ -344,6 +344,8 @@ def test_every_storage_class_of_the_standard_is_accepted() -> None:
     }
     refused = {name for uid, name in asked.items() if _choose(frozenset(), uid, (CT,)) != CT}
     assert refused == {"Hanging Protocol Storage", "Color Palette Storage"} and len(asked) > 150  # of no study
+    for odd in ("", "1.2.\ufffd", "1.2 3", "jpeg", "1." * 99):  # it would be the file's
+        assert _choose(frozenset(), CT, (odd,)) == acceptance.NO_SYNTAX and _choose(frozenset(), CT, (odd, CT)) == CT
     for other in (PUSH_MODEL, "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.34.6.1", "1.2.840.10008.5.1.1.9"):
         assert _choose(frozenset(), other, (CT,)) == acceptance.NO_CLASS
 
