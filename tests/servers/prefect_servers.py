@@ -44,11 +44,10 @@ class Servers:
             "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
             "PREFECT_SERVER_DOCKET_URL": f"{redis}/1",
-            "PREFECT_REDIS_MESSAGING_HOST": "127.0.0.1",
-            "PREFECT_REDIS_MESSAGING_PORT": str(self.redis),
+            "PREFECT_REDIS_MESSAGING_URL": f"{redis}/0?retry_on_timeout=true",
             "PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE": "1",  # else an event takes ten seconds to the other server
-            "PREFECT_REDIS_MESSAGING_SOCKET_TIMEOUT": "10",
-            "PREFECT_REDIS_MESSAGING_SOCKET_CONNECT_TIMEOUT": "10",
+            "PREFECT_REDIS_MESSAGING_SOCKET_TIMEOUT": "3",
+            "PREFECT_REDIS_MESSAGING_SOCKET_CONNECT_TIMEOUT": "3",
         }
 
     def add(self) -> None:
