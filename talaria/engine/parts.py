@@ -31,7 +31,8 @@ from talaria.engine.heeding import HEED_S, heed_all, is_stop
 from talaria.engine.stray import LATE_S
 from talaria.engine.watch import StateChange, cancelling
 from tasks.dispatch import running
-from tasks.retrieve.dispatches import RESTS, is_held
+from tasks.retrieve.dispatches import RESTS, end_left, is_held
+from transfer.home import Home
 from transfer.ledger import Ledger
 
 # Names of states in which one waits as it is to: for a time that its retrieval knows, or for somebody.
@@ -75,8 +76,9 @@ class RetrievalParts:
             self._do(self._look_after(change))
 
     async def look(self) -> None:
-        """Ask the server for what events should have reported."""
+        """Ask the server for what events should have reported; of a retrieval that is deleted, none does."""
         await self._heed([*running.parts()])
+        await end_left(self.client, Home.current(), self._is_executed)
         found = await self.client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=[dispatch.name])),
             flow_run_filter=FlowRunFilter(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -19,8 +19,10 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
+    FlowRunFilterParentTaskRunId,
     FlowRunFilterState,
     FlowRunFilterStateType,
+    FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.exceptions import Abort, ObjectNotFound, Pause
@@ -38,6 +40,7 @@ from transfer.ledger import Ledger
 from transfer.shared import HOST, several
 
 OPEN = [kind for kind in StateType if kind not in TERMINAL_STATES]
+PART = "part of a retrieval"  # tag of such a run: it is all that says so when the retrieval is deleted
 RESTS = AwaitingRetry().name  # name of the state of one that waits by itself
 HELD = "held by somebody"  # begins the reason of a study whose dispatch goes on when somebody lets it
 HELD_S = 3_600.0  # between two looks at it, where nobody says that it goes on
@@ -179,19 +182,31 @@ async def end_waiting(client: PrefectClient, home: Home, whole: str) -> None:
     So are those that nobody executes in any other state: a worker was killed between making one and beginning it, or
     somebody has set that state.
     """
-    waiting = await every(
-        client.read_flow_runs,
-        flow_run_filter=FlowRunFilter(
-            parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[UUID(whole)]),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN)),
-        ),
+    of_it = FlowRunFilterParentFlowRunId(any_=[UUID(whole)])
+    await _end(client, home, await _open(client, FlowRunFilter(parent_flow_run_id=of_it)))
+
+
+async def end_left(client: PrefectClient, home: Home, is_executed: Callable[[UUID], bool]) -> None:
+    """Cancel the dispatches of retrievals that somebody has deleted, which nobody executes, or goes on with."""
+    left = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[PART]), parent_task_run_id=FlowRunFilterParentTaskRunId(is_null_=True)
     )
+    await _end(client, home, [one for one in await _open(client, left) if not is_executed(one.id)])
+
+
+async def _open(client: PrefectClient, which: FlowRunFilter) -> list[FlowRun]:
+    which.state = FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN))
+    return await every(client.read_flow_runs, flow_run_filter=which)
+
+
+async def _end(client: PrefectClient, home: Home, waiting: Sequence[FlowRun]) -> None:
     for one in waiting:
         # A run's own client would leave them as they are: what waits counts there as set by somebody, on purpose.
         await PrefectClient.set_flow_run_state(client, one.id, Cancelled(message=ENDED), force=True)
-    with Ledger(home.ledger) as ledger:
-        for one in waiting:
-            rest.forget(ledger, str(one.id))
+    if waiting:
+        with Ledger(home.ledger) as ledger:
+            for one in waiting:
+                rest.forget(ledger, str(one.id))
 
 
 async def _known(client: PrefectClient, run_id: str) -> FlowRun | None:
@@ -207,7 +222,9 @@ async def _made(client: PrefectClient, flow: Flow[..., Any], whole: str, paramet
     shown = Task(name=flow.name, fn=flow.fn)
     task_run = await client.create_task_run(shown, UUID(whole), key, name=f"{flow.name}-{key[:8]}", state=Pending())
     asked = flow.serialize_parameters(parameters)
-    made = await client.create_flow_run(flow, parameters=asked, state=Pending(), parent_task_run_id=task_run.id)
+    made = await client.create_flow_run(
+        flow, parameters=asked, state=Pending(), parent_task_run_id=task_run.id, tags=["talaria", PART]
+    )
     if several():  # what it sends is fetched here, and who sends it elsewhere must know where that is
         await client.update_flow_run_labels(made.id, {HOST: host_name()})
     return made

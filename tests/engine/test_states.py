@@ -208,6 +208,26 @@ def test_a_dispatch_that_was_made_for_a_retrieval_and_never_began_ends_with_it(u
     assert asyncio.run(ended()) == ["Cancelled", "Completed"]
 
 
+def test_the_dispatches_of_a_retrieval_that_is_deleted_end_with_it(up: Talaria, here: None) -> None:
+    """They waited for ever; those of others go on, and one that some process executes ends by itself."""
+
+    async def ended() -> list[str | None]:
+        async with get_client() as client:
+            parameters: dict[str, Any] = {"paths": [], "targets": []}
+            wholes = [await client.create_flow_run(dispatch, parameters=parameters) for _ in range(2)]
+            made = [await dispatches._made(client, dispatch, str(whole.id), parameters) for whole in wholes * 2]
+            alone = await client.create_flow_run(dispatch, parameters=parameters, state=Pending())
+            ledger.runs.begins(str(made[2].id), owner)
+            await client.delete_flow_run(wholes[0].id)
+            await dispatches.end_left(client, Home(up.home), lambda run_id: run_id == made[2].id)
+            found = [(await client.read_flow_run(one.id)).state_name for one in (*made, alone)]
+            ledger.runs.ends(str(made[2].id), owner)
+            return found
+
+    with Home(up.home).owner("this process") as owner, Ledger(up.home / "ledger.sqlite") as ledger:
+        assert asyncio.run(ended()) == ["Cancelled", "Pending", "Pending", "Pending", "Pending"]
+
+
 def test_a_worker_does_not_sleep_through_the_return_of_its_server(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
