@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ def folder(path: Path, **fields: Any) -> dict[str, Any]:
 def files(path: Path) -> dict[str, bytes]:
     # os.walk passes over folders that are renamed while it looks.
     names = [os.path.join(folder, name) for folder, _, found in os.walk(path) for name in found]
-    return {os.path.relpath(name, path): Path(name).read_bytes() for name in names}
+    there = {}
+    for name in names:
+        with suppress(FileNotFoundError):  # what is written gets its name when it is whole
+            there[os.path.relpath(name, path)] = Path(name).read_bytes()
+    return there
 
 
 def study(accession: str, series: int = 2, each: int = 2, **changes: Any) -> list[bytes]:
