@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from tasks.dispatch import audited
 from tasks.dispatch.asked import retrieval_name
 from tasks.dispatch.hours import check_hours
 from tasks.retrieve.asked import query_of
-from tasks.retrieve.moving import check_into
+from tasks.retrieve.moving import reach_into
 from tasks.retrieve.search import SearchResult, found_at
 from tasks.targets import UNKNOWN, check_destination, check_origin, check_source, load, origin_of
 from transfer.accessions import accessions, pasted
@@ -143,7 +142,7 @@ async def create_retrieval(
     if into and not Path(into).is_absolute():
         raise ValueError(f"{into}: give the folder's absolute path")
     if into and office.embedded:  # else the folder is another machine's
-        await asyncio.to_thread(check_into, Path(into))
+        await reach_into(into)
     asks = any(one.strip("*?^= ") for one in (wanted.PatientID, wanted.PatientName))  # "*" asks for everybody
     (origin,) = await load(office.client, [source], secrets=asks)
     check_source(origin)

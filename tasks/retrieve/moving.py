@@ -5,15 +5,17 @@ No link below the folder is followed (protocols/files/tree.py).
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import stat
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from imaging.header import read_header
 from protocols.files.tree import Tree, parent
-from transfer import roots
+from transfer import roots, silent
 from transfer.beneath import above
 from transfer.content import copy_bytes
 from transfer.errors import DiskFull, Misconfigured
@@ -21,6 +23,8 @@ from transfer.layout import sanitised
 from transfer.oserrors import FULL, words_of
 
 NOTES = "places"  # file beside the instances that are moved: where they go
+SPOOL = "spool"  # folder of what was fetched, in the one that is a retrieval's own
+ANSWER_S = 4.0  # for the share of the folder: whoever cancels the run meanwhile waits for that
 
 
 def check_into(into: Path) -> None:
@@ -35,6 +39,23 @@ def check_into(into: Path) -> None:
         raise Misconfigured(f"{into} is not a folder")
     if not into.parent.is_dir():
         raise Misconfigured(f"{into}: there is no folder {into.parent} to make it in")
+
+
+async def reach_into(into: str) -> None:
+    """Check the folder of a run that is about to begin.
+
+    Raises:
+        SourceAway: its share does not answer: whoever looks there does not come back. Others: as `check_into`.
+    """
+    await silent.check([into], ANSWER_S)
+    await asyncio.to_thread(check_into, Path(into))
+
+
+def leave(spool: Path) -> None:
+    """Remove the folder that instances were fetched into, unless something is left in it for a retry."""
+    with suppress(OSError):
+        (spool / SPOOL).rmdir()
+        spool.rmdir()
 
 
 def move_into(folder: Path, into: Path, name: str) -> int:

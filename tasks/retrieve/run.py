@@ -35,7 +35,7 @@ from tasks.dispatch.stoppable import LOOK_S, stoppable
 from tasks.retrieve.dispatches import HELD, end_waiting, held_until, is_held
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.moving import check_into, is_moved, move_into
+from tasks.retrieve.moving import SPOOL, is_moved, leave, move_into, reach_into
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, sentence, state_of
 from tasks.retrieve.room import Room
 from tasks.retrieve.turn import Turn
@@ -74,7 +74,7 @@ class Retrieval:
         inside = spool_in(Path(wish.into), name_of(flow_run_id)) if wish.into else None
         self.job.spool = str(inside or self.job.spool)
         self._spool = inside or folder_of(home, flow_run_id)
-        self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
+        self._folders = self._spool / SPOOL  # holds one for each study that has been fetched and not handed on
         self._room_for = Room(self._folders)
         self._senders = asyncio.Semaphore(at_once)
         self._handing_on: dict[str, asyncio.Task[None]] = {}  # by study
@@ -320,10 +320,13 @@ class Retrieval:
             try:
                 if self.wish.into:
                     name = study.accession or study.study
-                    _has(study, await asyncio.to_thread(move_into, folder, Path(self.wish.into), name))
+                    moving = asyncio.to_thread(move_into, folder, Path(self.wish.into), name)
+                    _has(study, await self._stoppable(moving, begun=True))
                     study.stage = study.stage if study.missing else Stage.DELIVERED
                 elif study.dispatch or _has(study, size_of(folder)[0]):
                     await self._dispatch(study, folder)
+            except DispatchCancelled:  # left, as its share may be away
+                return
             except LedgerAway as exc:
                 wait = rest.for_the_ledger(exc)
                 study.again, study.reason = wait.until.timestamp(), rest.message([wait], exc.message)
@@ -417,18 +420,16 @@ class Retrieval:
         self.job.save()
         await patiently(lambda: self._report(state))
         if self.wish.into:
-            with suppress(OSError):  # something is left in it for a retry
-                self._folders.rmdir()
-                self._spool.rmdir()
+            with suppress(DispatchCancelled):
+                await self._stoppable(asyncio.to_thread(leave, self._spool), begun=True)
         if self.job.ended:
             if any(one.dispatch for one in self.job.studies.values()):
                 async with get_client() as client:
                     await patiently(lambda: end_waiting(client, self.home, self.flow_run_id))
             await asyncio.to_thread(self._stand, state)
             brought = [one.study for one in self.job.studies.values() if one.stage is Stage.DELIVERED]
-            await asyncio.to_thread(
-                audited.retrieval_ends, self.source, state, brought, self.wish.into, self.flow_run_id, self.who
-            )
+            what = self.source, state, brought, self.wish.into, self.flow_run_id, self.who
+            await asyncio.to_thread(audited.retrieval_ends, *what)
         message = sentence(document(self.job, self.flow_run_id, self.source.name, state))
         if state == "paused":
             return running.paused(message)
@@ -461,7 +462,7 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     flow_run_id, home = str(context.flow_run.id), Home.current()
     wish.numbers()
     if wish.into:
-        check_into(Path(wish.into))
+        await reach_into(wish.into)
     source, *targets = await patiently(lambda: _load([wish.source, *wish.targets]))
     if source.enabled:  # else it waits
         check_source(source)
@@ -470,8 +471,7 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
         if target.enabled:
             check_destination(target)
         check_origin(target, origin_of(source), UNKNOWN)
-    executor = ThreadPoolExecutor(8, thread_name_prefix="retrieve")
-    asyncio.get_running_loop().set_default_executor(executor)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(8, thread_name_prefix="retrieve"))
     try:
         at_once = min([DISPATCHES, *(target.max_dispatches for target in targets)])  # none waits for another one
         retrieval = Retrieval(flow_run_id, wish, source, home, send, at_once)

@@ -722,6 +722,34 @@ def test_a_study_that_can_t_be_noted_waits_for_that(concluded: Callable[[Retriev
         assert concluded(made(peer, full, "S1")).is_completed() and len(sent) == 2
 
 
+def test_a_retrieval_is_cancelled_that_moves_studies_into_a_share_which_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = threading.Event()
+
+    def hangs(folder: Path, into: Path, name: str) -> int:
+        one.cancelled.set()
+        back.wait(60)
+        return 0
+
+    async def whole() -> State[Any]:
+        try:
+            await one.run()
+            return await one.conclude()
+        finally:
+            assert not back.is_set()
+            back.set()  # else the loop would wait for its thread
+
+    without_a_server(monkeypatch)
+    monkeypatch.setattr(audited, "retrieval_ends", lambda *_: None)
+    monkeypatch.setattr(engine, "move_into", hangs)
+    monkeypatch.setattr(engine, "GRACE_S", 0.01)
+    with archive(study("S1")) as peer:
+        one = made(peer, numbers="S1", targets=(), into=str(tmp_path))
+        assert asyncio.run(whole()).is_cancelled()
+    assert stages(one) == {"S1": Stage.WHOLE}, "what came stays for a retry"
+
+
 def test_the_query_of_a_wish_is_looked_at_before_anything_begins() -> None:
     from transfer.errors import Misconfigured
 

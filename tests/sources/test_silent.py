@@ -22,10 +22,11 @@ from talaria.service import sources as service
 from tasks.dispatch import line, running
 from tasks.dispatch.ends import refusal
 from tasks.dispatch.run import Dispatch
+from tasks.retrieve import moving
 from tasks.sources import belonging, run
 from tasks.sources.saved import KEPT
 from transfer import silent, unitlist
-from transfer.errors import Cancelled, SourceAway
+from transfer.errors import Cancelled, Misconfigured, SourceAway
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -99,6 +100,26 @@ def test_who_applies_or_tests_a_source_is_told(tmp_path: Path, share: Share, mon
         asyncio.run(service._mute([own], [own, other], [shelf]))
     assert asyncio.run(service._mute([other], [own, other], [shelf])) == {own.folder, shelf.folder}
     assert share.looks == 1
+
+
+def test_a_retrieval_into_the_share_rests_until_it_answers(
+    tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker's thread would wait there, with the place of the run, and hear of no cancellation."""
+    monkeypatch.setattr(line, "_waker", lambda run_id: None)
+    monkeypatch.setattr(moving, "ANSWER_S", 0.0)
+
+    async def ask() -> None:
+        with pytest.raises(SourceAway) as away:
+            await moving.reach_into(str(share.folder / "new"))
+        assert refusal(away.value).is_scheduled()
+        monkeypatch.setattr(moving, "ANSWER_S", 120.0)
+        share.over.set()
+        await moving.reach_into(str(share.folder / "new"))
+        with pytest.raises(Misconfigured, match="there is no folder"):
+            await moving.reach_into(str(tmp_path / "not" / "there"))
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("each", ["", "unit"])
