@@ -45,7 +45,9 @@ _TAG = re.compile(r"[0-9A-Fa-f]{8}")  # how an attribute is named (PS3.18 annex 
 Keys = tuple[tuple[str, str], ...]
 
 
-REFUSALS = (400, 413, 422)  # of a form of a request: 413 where it would give too much, 422 as some frameworks write it
+# Of a form of a request: 413 where it would give too much, 422 as some frameworks write it.
+REFUSALS = (400, 413, 422, 501)
+FAILS = 500  # likewise of an offset, if it says so twice: some stumble over one that is behind their last result
 
 
 class RequestRefused(Exception):
@@ -106,7 +108,8 @@ class DicomwebClient:
         """Fetch one page of the studies, series or instances at a path (`studies/<uid>/series`, for one).
 
         Raises:
-            RequestRefused: 400, 413, 422. NotFound: there is no such resource, or no such page.
+            RequestRefused: 400, 413, 422, 501; of an offset also 500, twice.
+            NotFound: there is no such resource, or no such page.
             DispatchError: as `Service.error`.
         """
         asks: dict[str, Callable[..., Any]] = {
@@ -119,6 +122,7 @@ class DicomwebClient:
         found, answer = self._patiently(
             lambda: ask(*above, limit=limit, offset=offset, fields=fields or None, search_filters=dict(keys)),
             self._service.path(self._service.qido, *segments),
+            fails=1 if offset else None,
         )
         # PS3.18 section 8.3.4.4: "Warning: 299 ...: There are additional results that can be requested".
         more = any(warning.strip().startswith("299") for warning in answer.headers.get_all("Warning") or ())
@@ -140,7 +144,7 @@ class DicomwebClient:
         path = self._service.path(self._service.wado, *segments, "metadata")
         return self._read(lambda: ask(*(percent(uid, safe="") for uid in uids)), path)[0]
 
-    def _patiently(self, ask: Callable[[], Any], path: str) -> tuple[list[Attributes], Answer]:
+    def _patiently(self, ask: Callable[[], Any], path: str, fails: int | None) -> tuple[list[Attributes], Answer]:
         broken = waited = 0
         while True:
             try:
@@ -151,7 +155,13 @@ class DicomwebClient:
                     raise
             except Busy as exc:
                 wait_s = FIRST_WAIT_S * 2**waited if exc.retry_after is None else exc.retry_after
-                later = self.last is not None and self.last[0].status in (429, 503)  # else it has failed
+                status = self.last[0].status if self.last else 0
+                if status == FAILS and fails is not None:
+                    if not fails:
+                        raise RequestRefused(exc) from None
+                    fails -= 1
+                    continue
+                later = status in (429, 503)
                 waited += 1
                 if waited > self._waits or not later or wait_s > MOST_WAIT_S:
                     raise

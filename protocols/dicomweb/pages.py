@@ -84,7 +84,7 @@ class PagedSearch:
 
     Args:
         expected: how many results there are, as far as the server has said so.
-        otherwise: returns all results from elsewhere, where the server gives no more than some.
+        otherwise: returns all results from elsewhere, where the server gives no more than some, or none.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PagedSearch:
         keys: Keys = (),
         fields: Sequence[str] = (),
         expected: int | None = None,
-        otherwise: Callable[[CutShort], list[Attributes]] | None = None,
+        otherwise: Callable[[DispatchError | None], list[Attributes]] | None = None,
     ) -> None:
         self.archive, self.segments, self.keys, self.fields = archive, tuple(segments), keys, fields
         self.level = segments[-1]
@@ -110,10 +110,12 @@ class PagedSearch:
         """
         try:
             yield from self._proven()
-        except CutShort as exc:
+        except (NotFound, Misconfigured) as exc:
             if self._otherwise is None:
                 raise
             yield from self._fresh(self._otherwise(exc))
+        if self._otherwise and not self._seen:
+            yield from self._fresh(self._otherwise(None))
 
     def _proven(self) -> Iterator[Attributes]:
         limit = PAGE

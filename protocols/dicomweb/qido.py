@@ -20,10 +20,10 @@ from imaging.match import Test, has_wild_cards, in_days, is_universal
 from imaging.query import Match, Query, count, listed, text
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.client import DicomwebClient, Keys, RequestRefused
-from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, CutShort, PagedSearch
+from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, PagedSearch
 from protocols.dicomweb.service import Service
 from protocols.net.hiding import forms
-from transfer.errors import Misconfigured, NotFound
+from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.query import series_tests, study_tests
 
 INSTANCES = "00201209"  # NumberOfSeriesRelatedInstances
@@ -302,14 +302,16 @@ class _Finder:
         except NotFound:  # what some servers say where there is none
             return
 
-    def _series_of_instances(self, study: str) -> Callable[[CutShort], list[Attributes]]:
+    def _series_of_instances(self, study: str) -> Callable[[DispatchError | None], list[Attributes]]:
         """Return what reads the series of a study in the metadata of its instances."""
 
-        def read(error: CutShort) -> list[Attributes]:
+        def read(error: DispatchError | None) -> list[Attributes]:
             try:
                 found = self.archive.client.metadata(study)
             except (NotFound, Misconfigured, RequestRefused):
-                raise error from None
+                if error:
+                    raise error from None
+                return []
             every: dict[str, list[Attributes]] = {}
             for one in found:
                 every.setdefault(dicomjson.text(one, SERIES_UID), []).append(one)

@@ -16,7 +16,7 @@ from imaging.part10 import preamble_and_meta
 from imaging.query import Match, Query
 from protocols.dicomweb import qido, readback, wado_request, wado_uri
 from protocols.dicomweb import service as dicomweb
-from protocols.dicomweb.client import REFUSALS, DicomwebClient, RequestRefused
+from protocols.dicomweb.client import DicomwebClient, RequestRefused
 from protocols.dicomweb.pages import Archive
 from protocols.dicomweb.readback import Unverifiable, Verdict
 from protocols.dicomweb.service import Service
@@ -189,11 +189,11 @@ def _ask_qido(service: Service) -> _Asked:
     made: list[_Asked] = []
     for keys, limit in SEARCHES:
         problem: DispatchError | None = None
-        found = ""
+        found, refused = "", False
         try:
             found = "has studies" if client.search(("studies",), keys, limit=limit).rows else "no study"
         except RequestRefused as exc:
-            problem = exc.error
+            problem, refused = exc.error, True
         except DispatchError as exc:
             problem = exc
         if client.last is None:
@@ -203,9 +203,9 @@ def _ask_qido(service: Service) -> _Asked:
         if made:
             detail = f"answers {answer.status} to a search for one study, {made[0].answer.status} to one for everything"
         made.append(_Asked(path, answer, body, problem, detail))
-        if answer.status not in REFUSALS:
+        if not refused:
             break
-    return made[0] if made[-1].answer.status in (*REFUSALS, 404) else made[-1]
+    return made[0] if refused or made[-1].answer.status == 404 else made[-1]
 
 
 def _ask_stow(service: Service, path: str) -> _Asked:

@@ -95,3 +95,41 @@ def test_a_list_at_a_server_that_asks_to_come_back_now_and_then(
     assert {match.attributes["AccessionNumber"] for match in found(server, Query(AccessionNumber=numbers))} == set(
         numbers
     )
+
+
+@pytest.mark.parametrize("status", [204, 400, 404, 405, 501])
+def test_server_that_lists_no_series(server: Scripted, tmp_path: Path, status: int) -> None:
+    """The metadata of a study that it has name them."""
+    study = studies.uid(56)
+    uids = hold(server, *series_of(3, study=study), *series_of(2, study=study))
+    hold(server, studies.dataset("MR_small.dcm", study=study, SeriesDescription="Head"))
+    usual = server._search
+    server._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(status) if segments[-1] == "series" else usual(segments, query)
+    )
+    assert len(found(server, Query(SeriesDescription=("Head",)))) == 1
+    assert not found(server, Query(SeriesDescription=("Foot",)))
+    assert fetched(server, tmp_path / "out", Query(Modality="CT")).state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "status"),
+    [("includefield", 501), ("ModalitiesInStudy", 501), ("limit", 501), ("offset", 501), ("offset", 500)],
+)
+def test_server_that_does_not_implement_a_parameter(
+    server: Scripted, tmp_path: Path, parameter: str, status: int
+) -> None:
+    """Or stumbles over an offset that is behind its last result."""
+    uids = hold(server, *(studies.dataset(study="1.2.3", series="1.2.3.4", AccessionNumber="A-1") for _ in range(3)))
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        given = dict(query).get(parameter, "")
+        return Reply(status) if given and (parameter, given) != ("offset", "0") else usual(segments, query)
+
+    server._search = search  # type: ignore[method-assign]
+    query = Query(AccessionNumber=("A-1",), Modality="CT")
+    assert len(found(server, query)) == 1
+    assert fetched(server, tmp_path / "out", query).state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
