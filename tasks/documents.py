@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import CONFLICT
 from typing import Any, Generic, TypeVar
+from uuid import UUID
 
+from httpx import HTTPStatusError
 from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import BlockDocumentCreate
 from prefect.client.schemas.objects import BlockDocument
+from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
 
 from blocks.base import MASK, masked_secrets
@@ -24,6 +30,8 @@ from transfer.validation import what_is_wrong
 
 B = TypeVar("B", bound=NamedBlock)
 PAGE = 100  # documents a request; meanwhile a server answers nobody else, so not as many as it would give
+REPLACES = "Talaria-Replaces"  # header: ids of the documents in whose place another type's is saved under their name
+REPLACED_S = 0.5  # between the saving of a block and the removal of the one that it replaces: one request
 TURN = 25  # blocks that are made before others in this process have a turn
 
 
@@ -106,6 +114,9 @@ class Documents(Generic[B]):
         """
         wanted = list(dict.fromkeys(names))
         there = await self.documents(client, {split(name)[1] for name in wanted}, secrets=secrets)
+        if len({one.name for one in there}.intersection(wanted)) < sum(one.name in wanted for one in there):
+            await asyncio.sleep(REPLACED_S)  # one may be about to be replaced by another type's
+            there = await self.documents(client, {split(name)[1] for name in wanted}, secrets=secrets)
         found = {name: pick(name, there) for name in wanted}
         missing = [name for name, document in found.items() if document is None]
         if missing:
@@ -116,6 +127,19 @@ class Documents(Generic[B]):
             if len(alike) > 1:  # the ledger and the receipts know them by their names
                 raise ambiguous(str(document.name), alike)
         return [await self._made(client, document, known=secrets) for document in chosen.values()]
+
+    async def save(self, client: PrefectClient, block: B, name: str, others: Iterable[BlockDocument] = ()) -> None:
+        """Save a block; remove those of other types that had its name.
+
+        They are removed once it is saved: a kill, or a refusal, between the two leaves both, never none. Saving it
+        once more removes them.
+        """
+        others = [*others]
+        if not others or not await _created(client, block, name, others):
+            await block.asave(name, overwrite=True, client=client)
+        for one in others:
+            with suppress(ObjectNotFound):
+                await client.delete_block_document(one.id)
 
     async def remove(self, client: PrefectClient, name: str) -> str:
         """Remove one block; return its name.
@@ -179,6 +203,25 @@ class Documents(Generic[B]):
         if not isinstance(made, self.kind):
             raise Misconfigured(f"is not a {self.kind.word}", str(document.name))
         return made
+
+
+async def _created(client: PrefectClient, block: Block, name: str, replaced: Iterable[BlockDocument]) -> bool:
+    """Save a block under a name that those have which it replaces; return False if its type has one of this name."""
+    await block.aregister_type_and_schema(client=client)
+    document = block._to_block_document(name=name, include_secrets=True)
+    body = document.model_dump(
+        mode="json", include=set(BlockDocumentCreate.model_fields), exclude_unset=True,
+        context={"include_secrets": True}, serialize_as_any=True,
+    )  # fmt: skip
+    headers = {REPLACES: " ".join(str(one.id) for one in replaced)}
+    try:
+        made = (await client.request("POST", "/block_documents/", json=body, headers=headers)).json()
+    except HTTPStatusError as exc:
+        if exc.response.status_code != CONFLICT:
+            raise
+        return False
+    block._block_document_name, block._block_document_id = name, UUID(made["id"])
+    return True
 
 
 def _made_at(document: BlockDocument) -> float:

@@ -105,7 +105,7 @@ async def save(client: PrefectClient, target: Target, name: str, *, replace: boo
     """Save a target under a name that no target of another type has.
 
     Args:
-        replace: whether targets of other types that have the name are removed.
+        replace: whether targets of other types that have the name are removed, when it is saved.
 
     Raises:
         Misconfigured: there are such targets, and they are not to be replaced.
@@ -114,9 +114,7 @@ async def save(client: PrefectClient, target: Target, name: str, *, replace: boo
     others = [one for one in there if type_of(one) != target.type_name]
     if others and not replace and len(others) == len(there):
         raise Misconfigured(f"the name is taken by {qualified(others[0])}", name)
-    for document in others if replace else ():
-        await client.delete_block_document(document.id)
-    await target.asave(name, overwrite=True, client=client)
+    await TARGETS.save(client, target, name, others if replace else ())
     await limit(client, target)
 
 

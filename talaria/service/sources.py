@@ -222,10 +222,9 @@ async def save_source(office: Office, source: Source, before: Source | None, act
         action: `created`, `updated`, `replaced` or `unchanged`.
     """
     if action != "unchanged":
-        for one in await KEPT.documents(office.client, [source.name]):
-            if one.block_type and one.block_type.slug != source.get_block_type_slug():  # it is to be replaced
-                await office.client.delete_block_document(one.id)
-        await source.asave(source.name, overwrite=True, client=office.client)
+        there = await KEPT.documents(office.client, [source.name])
+        others = [one for one in there if type_of(one) != source.type_name]  # these are to be replaced
+        await KEPT.save(office.client, source, source.name, others)
     await follow(office, source, before, action)
 
 

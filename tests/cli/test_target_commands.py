@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,50 @@ def test_apply_replaces_a_type_only_when_asked(up: Talaria, tmp_path: Path) -> N
     make_alike(up, "folder-target", "shelf", folder=str(tmp_path))
     assert apply(up, "--replace", shelf=shelf) == {"shelf": "replaced"}
     assert [(one["name"], one["type"]) for one in up.told("target", "list")["targets"]][1:] == [("shelf", "folder")]
+
+
+@contextmanager
+def refuses(up: Talaria, what: str) -> Iterator[None]:
+    """Let the server's database refuse something of block documents, as a full disk or a kill at that moment would."""
+    with closing(sqlite3.connect(up.home / "prefect" / "prefect.db", timeout=300)) as db:
+        db.execute(f"CREATE TRIGGER no BEFORE {what} ON block_document BEGIN SELECT RAISE(ABORT, 'no'); END")
+        try:
+            yield
+        finally:
+            db.execute("DROP TRIGGER no")
+
+
+def types_of(up: Talaria, kind: str, name: str) -> list[str]:
+    return sorted(one["type"] for one in up.told(kind, "list")[f"{kind}s"] if one["name"] == name)
+
+
+def test_what_is_replaced_is_there_until_the_new_one_is(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    place = {"type": "folder", "folder": str(tmp_path / "nowhere"), "max_attempts": 1}
+    inbox = {"type": "inbox", "folder": str(tmp_path / "study"), "targets": ["elsewhere"], "enabled": False}
+    paths = tmp_path / "list.csv"
+    paths.write_text("path\n")
+    listed = {"type": "list", "file": str(paths), "targets": ["elsewhere"], "enabled": False}
+    kinds = {"target": ({"type": "s3", "bucket": "studies"}, place), "source": (inbox, listed)}
+    apply(up, "--prune", elsewhere=place)
+    for kind, (old, new) in kinds.items():
+        path = up.folder / "one.yaml"
+
+        def applied(values: dict[str, Any], code: int, kind: str = kind, path: Path = path) -> Any:
+            path.write_text(yaml.safe_dump({f"{kind}s": {"one": values}}))
+            return up.told(kind, "apply", str(path), "--replace", code=code)
+
+        applied(old, 0)
+        with refuses(up, "INSERT"):
+            applied(new, 3)
+        assert types_of(up, kind, "one") == [old["type"]]
+        with refuses(up, "DELETE"):
+            applied(new, 3)
+        assert types_of(up, kind, "one") == sorted([old["type"], new["type"]])
+        new["description"] = "again"
+        assert applied(new, 0)[f"{kind}s"] == [{"name": "one", "action": "replaced"}]
+        assert types_of(up, kind, "one") == [new["type"]]
+    up.told("source", "remove", "one")
 
 
 def test_an_empty_or_ambiguous_id_is_refused_with_the_candidates(up: Talaria, tmp_path: Path) -> None:
