@@ -23,6 +23,7 @@ from talaria.notify.words import Letter
 from transfer.errors import DispatchError
 
 SEVEN_BIT = default.clone(cte_type="7bit")  # of text beyond ASCII: a server need not take eight (RFC 6152)
+QUIT_S = 5.0  # for the answer to QUIT, which changes nothing (RFC 5321 section 4.1.1.10)
 FULL_NAME = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)+[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")
 
 
@@ -37,7 +38,8 @@ async def send(rule: EmailRule, one: Letter) -> None:
         await asyncio.to_thread(sender.send)
     except asyncio.CancelledError:  # our time is up: nothing may go out any more
         sender.stop()
-        raise
+        if not sender.taken:
+            raise
 
 
 class _Client(smtplib.SMTP):
@@ -61,6 +63,7 @@ class _Sender:
         self._stopped, self._turn = False, threading.Lock()
         self._connection: socket.socket | None = None
         self._connected = self._greeted = False
+        self.taken = False  # from then on it must not go again, however the connection ends
 
     def stop(self) -> None:
         """Break off, also within the handshake or an answer that has no end."""
@@ -153,8 +156,11 @@ class _Sender:
             if rule.user:
                 _log_in(smtp, rule.user, rule.password.get_secret_value())
             smtp.send_message(self._message(), rule.sender, [self.one.recipient])
+            self.taken = True
         finally:
             with suppress(OSError, smtplib.SMTPException):
+                if smtp.sock:
+                    smtp.sock.settimeout(min(timeout, QUIT_S))
                 smtp.quit()
             smtp.close()
 

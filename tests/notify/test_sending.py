@@ -26,6 +26,7 @@ import pytest
 from pydantic import SecretStr
 
 from blocks.rule import CommandRule, EmailRule, Rule, WebhookRule
+from talaria.notify import mail as mailing
 from talaria.notify import sending
 from talaria.notify.errors import NotSent
 from talaria.notify.words import Letter, letter
@@ -74,7 +75,8 @@ def mail(shared: tuple[MailServer, str]) -> tuple[MailServer, dict[str, Any]]:
     one.messages.clear()
     one.refused.clear()
     one.asked.clear()
-    one.answer, one.delay_s = "", 0.0
+    one.answer, one.delay_s, one.stays = "", 0.0, False
+    one.quitting.clear()
     return one, {
         "host": "localhost", "port": one.port, "security": security, "ca_cert": str(one.ca), "user": USER,
         "password": PASSWORD, "sender": "talaria@example.org", "to": [TO],
@@ -163,6 +165,27 @@ def test_a_mail_server_that_is_down_silent_or_slow_costs_a_try(
     assert "no answer within 0.5 s" in str(failure(EmailRule(**fields | {"timeout_s": 0.5})))
     monkeypatch.setattr(sending, "MOST_S", 0.5)
     assert "it took longer" in str(failure(EmailRule(**fields | {"timeout_s": 60})))
+
+
+def test_a_message_is_sent_when_it_is_taken_also_where_the_server_does_not_let_us_go(
+    mail: tuple[MailServer, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would come again and again, at each try."""
+    server, fields = mail
+    server.stays = True
+
+    async def late() -> None:
+        async with asyncio.timeout(None) as end:
+            sent = asyncio.create_task(sending.send(EmailRule(**fields).named("ops"), made()))
+            await asyncio.to_thread(server.quitting.wait, 60)
+            end.reschedule(0)  # the time for a try is up just then
+            await sent
+
+    monkeypatch.setattr(mailing, "QUIT_S", 3600.0)
+    asyncio.run(late())
+    monkeypatch.setattr(mailing, "QUIT_S", 0.1)
+    send(EmailRule(**fields))
+    assert len(server.to(TO)) == 2
 
 
 @contextmanager

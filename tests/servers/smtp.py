@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class MailServer:
         refused: recipients that it does not know.
         answer: to a message; "" to take it.
         delay_s: before the answer to a message.
+        stays: whether it never answers to QUIT; `quitting` says that it was asked to.
         names: by what clients have called themselves; those without a full name are refused.
         asked: recipients that somebody has named, refused ones included.
     """
@@ -47,6 +49,8 @@ class MailServer:
     refused: set[str] = field(default_factory=set)
     answer: str = ""
     delay_s: float = 0.0
+    stays: bool = False
+    quitting: threading.Event = field(default_factory=threading.Event)
     names: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
@@ -81,6 +85,12 @@ class MailServer:
         assert isinstance(message, EmailMessage)
         self.messages += [(recipient, message) for recipient in envelope.rcpt_tos]
         return "250 OK"
+
+    async def handle_QUIT(self, server: SMTP, session: Session, envelope: Envelope) -> str:
+        self.quitting.set()
+        if self.stays:
+            await asyncio.sleep(3600)
+        return "221 Bye"
 
 
 def _authenticated(server: SMTP, session: Session, envelope: Envelope, mechanism: str, given: Any) -> AuthResult:
