@@ -6,6 +6,7 @@ import functools
 import re
 from abc import ABC
 from collections.abc import Mapping
+from email.headerregistry import Address
 from typing import Any, ClassVar, Self
 
 from prefect.blocks.core import Block
@@ -126,9 +127,7 @@ class NamedBlock(Block, ABC):
     @field_validator("contact", check_fields=False)
     @classmethod
     def _contact(cls, value: str) -> str:
-        if value and not EMAIL.fullmatch(value):
-            raise ValueError(f"{value!r} is not an e-mail address: write it as in pacs-team@example.org")
-        return value
+        return check_email(value) if value else value
 
 
 def _plain(cls: type[NamedBlock], values: Mapping[str, Any], name: str) -> Any:
@@ -137,6 +136,22 @@ def _plain(cls: type[NamedBlock], values: Mapping[str, Any], name: str) -> Any:
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     value = values.get(name, default)
     return (value.get_secret_value() if isinstance(value, SecretStr) else to_jsonable_python(value)) or None
+
+
+def check_email(value: str) -> str:
+    """Return an e-mail address, or raise ValueError if no message could be sent to it.
+
+    Only what the header of a message may hold reaches anybody (RFC 5322 section 3.4.1), in ASCII, as a mail server need
+    not take others.
+    """
+    value = value.strip()
+    try:
+        known = value.isascii() and EMAIL.fullmatch(value) and Address(addr_spec=value).addr_spec == value
+    except Exception:  # of Python's parser, for what ends in the middle
+        known = False
+    if not known:
+        raise ValueError(f"{value!r} is not an e-mail address: write it as in pacs-team@example.org")
+    return value
 
 
 def check_name(name: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 from blocks.base import CONTROL, ICONS, MASK, check_host, is_masked
 from blocks.credentials import checked_token
 from blocks.fields import SECONDS, Group, about
-from blocks.named import EMAIL, NamedBlock
+from blocks.named import NamedBlock, check_email
 from blocks.proxied import checked_proxy, proxy_field
 
 LOGO = f"{ICONS}/rule.svg"
@@ -332,12 +332,12 @@ class EmailRule(Rule):
     @field_validator("sender")
     @classmethod
     def _sender(cls, value: str) -> str:
-        return _address(value)
+        return check_email(value)
 
     @field_validator("to")
     @classmethod
     def _to(cls, value: list[str]) -> list[str]:
-        return list(dict.fromkeys(map(_address, value)))
+        return list(dict.fromkeys(map(check_email, value)))
 
     @field_validator("user")
     @classmethod
@@ -396,10 +396,3 @@ class CommandRule(Rule):
         if any("\0" in one for one in value):
             raise ValueError("arguments hold a NUL character")
         return value
-
-
-def _address(value: str) -> str:
-    value = value.strip()
-    if not EMAIL.fullmatch(value) or CONTROL.search(value) or not value.isascii():
-        raise ValueError(f"{value!r} is not an e-mail address: write it as in pacs-team@example.org")
-    return value

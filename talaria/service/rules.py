@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blocks import RULES, Rule
-from blocks.named import EMAIL
+from blocks.named import check_email
 from blocks.rule import CommandRule, EmailRule, RuleEvent
 from talaria.notify.command import allowed
 from talaria.notify.errors import NotSent
@@ -231,9 +231,7 @@ async def test_unsaved(office: Office, rule: Rule, to: str = "") -> dict[str, An
     """Send a test message by a rule that need not be saved. Arguments and answer as of `test_rule`."""
     recipients = [""]
     if isinstance(rule, EmailRule):
-        if to and not EMAIL.fullmatch(to):
-            raise ValueError(f"{to!r} is not an e-mail address")
-        recipients = [to] if to else rule.to
+        recipients = [check_email(to)] if to else rule.to
         if not recipients:
             raise Misconfigured(f"rule {rule.name} writes to contacts only: say to whom the test goes")
     elif to:

@@ -375,6 +375,26 @@ def test_words_name_what_happened_to_whom_and_for_how_long() -> None:
 
 
 @pytest.mark.parametrize(
+    "address",
+    ["a", "a@[1.2.3.4", "a@b..c", "a@b.", "(a@b", "a@b(c)", ".a@b.org", "a..b@c.org", "a:b@c.org", "a\\b@c.org",
+     "a@b@c", "a b@c.org", '"a"@b.org', "müller@klinik.example", "a@müller.example", "a@b.org\x7f"],
+)  # fmt: skip
+def test_an_address_that_nothing_can_be_sent_to_is_refused(address: str) -> None:
+    fields = {"host": "m", "sender": "t@example.org", "to": ["b@c.org"]}
+    for wrong in ({"to": [address]}, {"sender": address}):
+        with pytest.raises(ValueError, match="is not an e-mail address"):
+            EmailRule(**fields | wrong)
+    with pytest.raises(ValueError, match="is not an e-mail address"):
+        FolderTarget(folder="/x", contact=address)
+
+
+@pytest.mark.parametrize("address", ["a@b", "o'neil+x=1@x-y.example.org", "a@[192.0.2.1]", "root@localhost"])
+def test_an_address_that_a_mail_server_takes_is_taken(address: str) -> None:
+    assert EmailRule(host="m", sender=address, to=[f" {address} "]).to == [address]
+    assert FolderTarget(folder="/x", contact=address).contact == address
+
+
+@pytest.mark.parametrize(
     ("cls", "fields", "words"),
     [
         (WebhookRule, {"url": "ftp://h/x"}, "not a web address"),
