@@ -120,6 +120,22 @@ def test_what_is_not_valid_is_said_in_one_line_without_its_value(app: FastAPI, b
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/dispatches", '{"paths": ["/x"], "targets": ["a"], "targets": ["b"]}', "targets"),
+        ("/targets", '{"targets": {"a": {"type": "folder", "folder": "/a"}, "b": {}, "a": {"type": "s3"}}}', "a"),
+        ("/targets", '{"targets": {"a": {"type": "folder", "folder": "/a", "folder": "/a"}}}', "folder"),
+        ("/rules/ops/enable", '{"enabled": true, "enabled": false}', "enabled"),
+    ],
+)
+def test_what_a_body_names_twice_is_refused(app: FastAPI, path: str, body: str, name: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = ask(app, "POST", path, Role.ADMIN, content=body.encode(), headers=headers)
+    assert answer.status_code == 422
+    assert answer.json() == {"error": f"the body has '{name}' twice: say which value is meant"}
+
+
+@pytest.mark.parametrize(
     ("path", "body", "words"),
     [
         ("/prune", {"older_than_s": True}, "older_than_s: must be a number"),
