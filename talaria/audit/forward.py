@@ -20,6 +20,7 @@ from talaria.audit.messages import message
 from talaria.audit.syslog import SyslogConnection, SyslogTarget, formatted
 from transfer.audit import Trail
 from transfer.home import Home
+from transfer.ledger import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +144,7 @@ class Forwarder:
             return 0
 
     def _note(self, position: int) -> None:
-        path = f"{self.trail.folder}/forwarded"
-        fd = os.open(f"{path}.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(str(position))
-        Path(f"{path}.part").replace(path)
+        write_whole(Path(self.trail.folder, "forwarded"), [str(position).encode("ascii")])
 
     def _close(self) -> None:
         if self._connection is not None:

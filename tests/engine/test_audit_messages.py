@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -202,6 +203,26 @@ def test_a_frame() -> None:
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(ValueError):
         SyslogTarget.of(address)
+
+
+def test_what_was_sent_is_noted_for_good_before_it_counts(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut the note may be empty else, and the whole trail goes to the server again."""
+    flushed, fsync, replace = list[str](), os.fsync, os.replace
+
+    def flush(fd: int) -> None:
+        fsync(fd)
+        flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def put(old: Any, new: Any) -> None:
+        assert str(old) in flushed and Path(old).read_text() == "4711"
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", put)
+    Path(Trail(home).folder).mkdir(parents=True)
+    forwarder = Forwarder(home, SyslogTarget.of("localhost"))
+    forwarder._note(4711)
+    assert forwarder._position() == 4711 and flushed
 
 
 # ---- at a real server
