@@ -7,6 +7,7 @@ come again later (A700).
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -26,6 +27,7 @@ from protocols.dimse.senders import KnownSender
 from protocols.net.tls import Tls
 from tasks.sources.dicom import security
 from tasks.sources.ports import clashes
+from transfer import silent
 from transfer.errors import Misconfigured
 from transfer.home import Home
 from transfer.listening import ListenerStatus
@@ -112,14 +114,20 @@ class Listeners:
     def renew(self) -> dict[str, str]:
         """Show the certificates whose files were renewed, from the next association on.
 
+        Not to be called in a thread that runs an event loop.
+
         Returns:
-            Why a renewed one can't be used, by the names of its sources; the former one is shown until it can.
+            Why a renewed one can't be used, by the names of its sources; the former one is shown until it can, or its
+            file system answers.
         """
         troubles: dict[str, str] = {}
+        marks = asyncio.run(silent.looked(_mark, [one for port in self._ports.values() for one in port.security]))
         for place, port in self._ports.items():
             here = [one for one in self._sources.values() if one.place == place and one.security == port.security]
-            files = _files(port.security)
-            if not here or files == port.files:
+            if not here or not marks.keys() >= set(port.security):
+                continue
+            files = tuple(marks[one] for one in port.security)
+            if files == port.files:
                 continue
             try:
                 port.scp.tls, port.files = security(here[0]).server(), files
@@ -269,15 +277,15 @@ class Listeners:
 
 def _files(security: tuple[str, ...]) -> tuple[object, ...]:
     """Return marks of the files that settings of TLS name: others if one of them is replaced, or written to."""
-    found = list[object]()
-    for one in security:
-        try:
-            info = Path(one).stat()
-        except (OSError, ValueError):  # it is PEM text, a profile, or gone
-            found.append(None)
-        else:
-            found.append((info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size))
-    return tuple(found)
+    return tuple(map(_mark, security))
+
+
+def _mark(path: str) -> object:
+    try:
+        info = Path(path).stat()
+    except (OSError, ValueError):  # it is PEM text, a profile, or gone
+        return None
+    return info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size
 
 
 def _words(exc: OSError) -> str:

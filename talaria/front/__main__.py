@@ -39,6 +39,7 @@ from talaria.front.removed import UsedTargets
 from talaria.front.upstream import Upstream
 from talaria.notify.notifier import Notifier
 from talaria.settings import worker_auth
+from transfer import silent
 from transfer.home import Home
 
 ORDERS = "TALARIA_FRONT"  # the variable that says what is to be served
@@ -198,13 +199,13 @@ class Front:
 
     async def _renew(self) -> None:
         """Load the certificate's files again when they have changed; keep the old ones if the new are not valid."""
-        paths = [Path(one) for one in (self.orders.certificate, self.orders.key) if one]
-        seen = [_mark(path) for path in paths]
+        paths = [one for one in (self.orders.certificate, self.orders.key) if one]
+        seen = {path: _mark(path) for path in paths}
         while paths:
             await asyncio.sleep(LOOK_S)
-            now = [_mark(path) for path in paths]
+            now = await silent.looked(_mark, paths)  # one in a share whose server is away is not renewed
             context = self.server.config.ssl if self.server.config.loaded else None
-            if now == seen or context is None:
+            if now == seen or now.keys() != seen.keys() or context is None:
                 continue
             try:
                 trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -241,9 +242,9 @@ def _config(app: Any, *, lifespan: Any, **tls: Any) -> uvicorn.Config:
     )
 
 
-def _mark(path: Path) -> tuple[int, int, int] | None:
+def _mark(path: str) -> tuple[int, int, int] | None:
     try:
-        info = path.stat()
+        info = Path(path).stat()
     except OSError:
         return None
     return info.st_ino, info.st_mtime_ns, info.st_size

@@ -1,8 +1,12 @@
 """How long certificates are still valid: the front door's and listeners', those that we show to peers, peers', and
-those of the authorities that are trusted to vouch for them."""
+those of the authorities that are trusted to vouch for them.
+
+Where a file lies on a share whose server is away, nothing is known of its certificate.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import stat
@@ -11,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from cryptography import x509
@@ -19,6 +22,7 @@ from cryptography import x509
 from blocks import Source, Target
 from talaria.metrics import peers
 from talaria.metrics.peers import DAY_S, SeenCertificate
+from transfer import silent
 from transfer.ledger import Ledger
 
 FRONT = "front-door"  # what ours is called; no target can have this name and be `whose` "server"
@@ -59,25 +63,27 @@ def known(
 ) -> list[KnownCertificate]:
     """Return all certificates that are known; of what can't be read, the check of its target speaks.
 
+    Not to be called in a thread that runs an event loop.
+
     Args:
         front: file of the front door's certificate, "" for none.
         checks: the last check of each target, by name; a later one that saw no certificate does not end what is known.
         ledger: keeps what peers showed; without it, only the checks are known.
     """
+    targets, sources = list(targets), list(sources)
+    owners = [*((OWN, AUTHORITY, one) for one in targets), *((LISTENER, SENDERS, one) for one in sources)]
+    named = [[str(getattr(one, name, "") or "") for name in ("tls_cert", "ca_cert")] for _, _, one in owners]
+    files = _contents([front, *(text for texts in named for text in texts)])
     found = []
-    if front and (end := _end(front)) is not None:
+    if (end := _end(files.get(front))) is not None:
         found.append(KnownCertificate(FRONT, SERVER, end))
     trusted = dict[str, float | None]()  # many targets name the same file
-    for whose, whom, one in [
-        *((OWN, AUTHORITY, one) for one in targets),
-        *((LISTENER, SENDERS, one) for one in sources),
-    ]:
-        own, ca = (str(getattr(one, name, "") or "") for name in ("tls_cert", "ca_cert"))
-        if own and (end := _end(own)) is not None:
+    for (whose, whom, one), (own, ca) in zip(owners, named, strict=True):
+        if (end := _end(files.get(own))) is not None:
             found.append(KnownCertificate(one.name, whose, end))
         if ca not in trusted:
             # Of an authority's old and new certificate, and of a list of all authorities, the last one to end counts.
-            trusted[ca] = _end(ca, max) if ca else None
+            trusted[ca] = _end(files.get(ca), max)
         if (end := trusted[ca]) is not None:
             found.append(KnownCertificate(one.name, whom, end))
     return [*found, *_of_peers(targets, checks, ledger)]
@@ -98,27 +104,38 @@ def _of_peers(
             yield KnownCertificate(target.name, PEER, last.expires)
 
 
-def _end(cert: str, which: Callable[[Iterable[float]], float] = min) -> float | None:
-    """Return when the first of a chain's certificates expires, of a path or PEM text; None if it can't be read.
+def _contents(given: Iterable[str]) -> dict[str, bytes]:
+    """Return what stands in certificates, each a path or PEM text; nothing of a file that can't be read."""
+    texts = {one: one.encode() for one in given if "-----BEGIN" in one}
+    paths = {one: os.path.expanduser(one) for one in given if one and one not in texts}  # noqa: PTH111 - Path's raises
+    read = asyncio.run(silent.looked(_read, paths.values())) if paths else {}
+    return texts | {one: content for one, path in paths.items() if (content := read.get(path))}
+
+
+def _end(pem: bytes | None, which: Callable[[Iterable[float]], float] = min) -> float | None:
+    """Return when the first of a chain's certificates expires; None if that is not known.
 
     Args:
         which: that one of their ends which counts.
     """
-    with suppress(OSError, ValueError):
-        pem = cert.encode() if "-----BEGIN" in cert else _read(cert)
-        chain = x509.load_pem_x509_certificates(pem)
-        return which(one.not_valid_after_utc.timestamp() for one in chain)
+    with suppress(ValueError):
+        return which(one.not_valid_after_utc.timestamp() for one in x509.load_pem_x509_certificates(pem or b""))
     return None
 
 
 def _read(path: str) -> bytes:
-    """Return what a file holds; nothing of a folder of authorities, or of a pipe."""
-    fd = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Return what a file holds; nothing of one that can't be read, of a folder of authorities, or of a pipe."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return b""
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return b""
         with open(fd, "rb", closefd=False) as file:
             return file.read(MOST_BYTES)
+    except OSError:
+        return b""
     finally:
         os.close(fd)
 

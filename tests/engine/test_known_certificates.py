@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import threading
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from socket import create_server
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,9 +21,11 @@ from blocks.dicom_tls import DicomTlsTarget
 from blocks.dicomweb import DicomWebTarget
 from blocks.rule import WebhookRule
 from talaria.metrics import certificates, peers
-from talaria.notify import lookout
+from talaria.notify import lookout, sending
+from talaria.notify.errors import NotSent
 from talaria.testing.process import free_port, until
 from tests.servers.certificates import Authority, Leaf
+from transfer import silent
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -185,3 +188,36 @@ def test_a_certificate_that_is_renewed_for_a_month_is_told_of_again(
             lookout._expiring(ledger, [certificates.KnownCertificate("pacs", "peer", now + days * peers.DAY_S)])
             told.append(len(ledger.happenings.waiting(99)))
     assert told == [1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6]
+
+
+def test_a_share_that_does_not_answer_hides_its_own_certificates_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a file on a share whose server is away does, for ever: metrics and the home page never came."""
+    leaf, over = Authority(tmp_path / "authority").leaf("node"), threading.Event()
+    opened, share = os.open, tmp_path / "share"
+    share.mkdir()
+
+    def hangs(path: Any, *args: Any, **more: Any) -> int:
+        if str(path).startswith(str(share)):
+            over.wait(120)
+        return opened(path, *args, **more)
+
+    monkeypatch.setattr(os, "open", hangs)
+    monkeypatch.setattr(silent, "LOOK_S", 0.2)
+    own = DicomTlsTarget(host="h", aet_target="A", tls_cert=str(leaf.cert), tls_key=str(leaf.key)).named("own")
+    away = [
+        DicomTlsTarget(host="h", aet_target="A", ca_cert=f"{share}/{name}.pem").named(f"away-{name}") for name in "ab"
+    ]
+    try:
+        for _ in range(2):
+            found = certificates.known(f"{share}/front.pem", [*away, own], {})
+            assert [(one.of, one.whose) for one in found] == [("own", certificates.OWN)]
+        assert caplog.text.count("does not answer") == 1
+        rule = WebhookRule(url="http://127.0.0.1:9/", ca_cert=f"{share}/a.pem").named("ops")
+        with pytest.raises(NotSent, match="its file system does not answer"):
+            asyncio.run(sending.send(rule, cast("Any", None)))
+    finally:
+        over.set()
+    (share / "front.pem").write_bytes(Path(leaf.cert).read_bytes())
+    until(lambda: len(certificates.known(f"{share}/front.pem", [], {})) == 1)

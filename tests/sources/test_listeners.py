@@ -34,6 +34,7 @@ from tests.protocols.test_dimse_intake import associated, sent, stored
 from tests.servers.certificates import Authority
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
+from transfer import silent
 from transfer.errors import Busy
 from transfer.home import Home
 from transfer.receipt import State
@@ -256,7 +257,9 @@ def test_tls_comes_and_goes_with_the_settings(listeners: Listeners, tmp_path: Pa
     assert attempt(dicom_target(port, aet_target="CT"), tmp_path / "study").require().state is State.DELIVERED
 
 
-def test_a_renewed_certificate_is_shown_when_it_is_whole(listeners: Listeners, tmp_path: Path) -> None:
+def test_a_renewed_certificate_is_shown_when_it_is_whole(
+    listeners: Listeners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     authority, port = Authority(tmp_path / "ca"), free_port()
     old, new = authority.leaf("old"), authority.leaf("new")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -270,6 +273,19 @@ def test_a_renewed_certificate_is_shown_when_it_is_whole(listeners: Listeners, t
 
     listeners.apply([source("ct", port, **tls), source("mr", port, **tls)])
     assert listeners.renew() == {} and "old" in shown()
+    over, stat = threading.Event(), os.stat  # a share whose server is away
+
+    def hangs(path: Any, **more: Any) -> os.stat_result:
+        if str(path) == str(cert):
+            over.wait(120)
+        return stat(path, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", hangs)
+        patched.setattr(silent, "LOOK_S", 0.1)
+        assert listeners.renew() == {} and "old" in shown()
+        over.set()
+    until(lambda: not silent._is_silent(str(cert)))
     (tmp_path / "part").write_bytes(new.cert.read_bytes())
     (tmp_path / "part").rename(cert)  # as certbot does; the key follows
     for _ in range(2):
