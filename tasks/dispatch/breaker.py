@@ -74,8 +74,8 @@ def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str, *,
                 later = min(longest, target.retry_delay_s * 2 ** min(one.failures - LIMIT, 20))
                 one.until = one.tested + max(FIRST_S, later)
                 ledger.waits.save(one)
-        if opens:
-            _say(ledger, target, one, up=False)
+            if opens:  # with the same commit: who dies between two, or loses the ledger, would not say it
+                _say(ledger, target, one, up=False)
     except LOST as exc:
         logger.warning("that %s does not answer can't be noted: %s", known_as(target), exc)
 
@@ -83,9 +83,11 @@ def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str, *,
 def answered(ledger: Ledger, target: Target) -> None:
     """Note that a target answers; wake what waits for that."""
     try:
-        one = ledger.waits.answers(known_as(target))
-        if one:
-            _say(ledger, target, one, up=True)  # also if it was open before its settings changed
+        one = ledger.waits.breaker(known_as(target))
+        if one:  # most often it is not: nothing is written then
+            with ledger.together():
+                if one := ledger.waits.answers(known_as(target)):
+                    _say(ledger, target, one, up=True)  # also if it was open before its settings changed
         line.wake(ledger, queue(target), target.max_dispatches if one else 1)
     except LOST as exc:
         logger.warning("that %s answers can't be noted: %s", known_as(target), exc)

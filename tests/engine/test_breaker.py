@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tasks.dispatch import breaker, line, waiting
 from tasks.dispatch.rest import Left
 from tests.servers.postgresql import postgresql
 from transfer.errors import Denied, LedgerAway, TimedOut, Unreachable
+from transfer.happenings import Happenings
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin
@@ -79,6 +81,30 @@ def test_failures_count_wherever_they_are_seen_and_the_first_answer_ends_it(host
     for _ in range(breaker.LIMIT):
         breaker.failed(other, target, TimedOut("silent"), "silent")
     assert said(one, target) == ["target.down", "target.up", "target.down"]
+
+
+def test_what_could_not_be_said_of_a_target_is_said_later(
+    hosts: Any, target: FolderTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the ledger was lost between two commits, nobody heard that it was down; or, later, that it was so again."""
+    (_, ledger), _ = hosts
+    said_so = Happenings.stands
+
+    def lost(*_: Any, **__: Any) -> bool:
+        raise LedgerAway("the connection to the ledger's database broke")
+
+    for fails, say in ((True, "target.down"), (False, "target.up"), (True, "target.down")):
+        tell = partial(breaker.failed, ledger, target, Unreachable("no route"), "no route")
+        tell = tell if fails else partial(breaker.answered, ledger, target)
+        for _ in range(breaker.LIMIT - 1 if fails else 0):
+            tell()
+        before = said(ledger, target)
+        monkeypatch.setattr(Happenings, "stands", lost)
+        tell()
+        assert said(ledger, target) == before
+        monkeypatch.setattr(Happenings, "stands", said_so)
+        tell()
+        assert said(ledger, target) == [*before, say]
 
 
 def test_a_clock_that_is_set_back_keeps_nobody_from_a_test(
