@@ -15,7 +15,7 @@ from prefect import states
 from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
 
-from tasks.dispatch import audited, line, rest, running
+from tasks.dispatch import audited, line, rest
 from tasks.dispatch.asked import asked_list
 from tasks.dispatch.delivery import Delivery
 from tasks.happened import WORDS_CHARS, Cause, cause_of, dispatch_ended, dispatch_refused
@@ -171,7 +171,7 @@ def refusal(error: DispatchError) -> RunState[Any]:
     where the share of the files does not answer, nothing can be read: the run comes back, and nobody is told.
     """
     if isinstance(error, Paused):
-        return running.paused(error.message)
+        return rest.paused(error.message)
     if isinstance(error, LeftToAnother):  # its engine makes of it that it goes on
         return states.Cancelled(message=error.message)
     if isinstance(error, LedgerAway | SourceAway) and line.may_rest():

@@ -18,9 +18,11 @@ from uuid import UUID
 
 from prefect import get_client
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import AwaitingRetry
 
 from tasks.dispatch import kept as kept_receipts
+from tasks.dispatch import running
 from transfer.errors import LedgerAway, LedgerFull, SourceAway
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -211,6 +213,14 @@ def forget(ledger: Ledger, run_id: str) -> None:
 def message(waits: Iterable[Wait], receipts: str) -> str:
     """Return the message of a run that waits: until when, for what, and how far it is."""
     return f"{until(waits)}; {receipts}"
+
+
+def paused(said: str) -> State[Any]:
+    """Return the state of a run that has paused: one that did so with its whole goes on with that."""
+    if not running.pauses_with_its_whole():
+        return running.paused(said)
+    wait = Wait(datetime.now(UTC) + running.UNTIL_RESUMED, "its retrieval to be resumed", soon=False)
+    return AwaitingRetry(scheduled_time=wait.until, message=message([wait], said))
 
 
 def until(waits: Iterable[Wait]) -> str:

@@ -336,7 +336,7 @@ class Dispatch:
         elif self.looks.rest.kept and not self.left:
             await asyncio.to_thread(rest.forget, self.ledger, self.flow_run_id)
         if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):
-            return running.paused(message)
+            return rest.paused(message)
         if self.left and any(delivery.stopped for delivery in self.deliveries):
             return Cancelled(message=message)  # of which the engine makes that it goes on
         if rests:

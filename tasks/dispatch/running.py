@@ -31,20 +31,16 @@ _lost: set[str] = set()
 _until = math.inf
 
 
-class _Flag(threading.Event):
-    """A flag that is set, without anybody who sets it, when this process's lease may have ended (`transfer.lease`).
-
-    A process that was paused finds it so at its next look, before any thread of its could have told it.
+class _Passed(threading.Event):
+    """A flag whose setting sets those of the run's parts, too.
 
     Attributes:
-        parts: the flags of the run's parts, which are set with it.
-        is_part: whether the run is a part of another one.
+        parts: their flags.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: WeakSet[_Flag] = WeakSet()
-        self.is_part = False
+        self.parts: WeakSet[_Passed] = WeakSet()
 
     def set(self) -> None:
         super().set()
@@ -52,6 +48,26 @@ class _Flag(threading.Event):
             parts = [*self.parts]
         for part in parts:
             part.set()
+
+    def has(self, part: _Passed) -> None:
+        """Note the flag of a part."""
+        self.parts.add(part)
+        if self.is_set():
+            part.set()
+
+
+class _Flag(_Passed):
+    """A flag that is set, without anybody who sets it, when this process's lease may have ended (`transfer.lease`).
+
+    A process that was paused finds it so at its next look, before any thread of its could have told it.
+
+    Attributes:
+        is_part: whether the run is a part of another one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_part = False
 
     def is_set(self) -> bool:
         return super().is_set() or _past()
@@ -61,7 +77,7 @@ class _Flag(threading.Event):
 
 
 _flags: dict[str, _Flag] = {}
-_pauses: dict[str, threading.Event] = {}
+_pauses: dict[str, _Passed] = {}
 _calls: dict[str, threading.Event] = {}
 _whole: ContextVar[str] = ContextVar("whole", default="")
 _stopping = threading.Event()
@@ -73,10 +89,8 @@ def flag(flow_run_id: str) -> threading.Event:
         if flow_run_id not in _flags:
             _flags[flow_run_id] = one = _Flag()
             if whole := _flags.get(_whole.get()):
-                whole.parts.add(one)
+                whole.has(one)
                 one.is_part = True
-                if whole.is_set():
-                    one.set()
         return _flags[flow_run_id]
 
 
@@ -96,9 +110,19 @@ def whole() -> str:
 
 
 def pause(flow_run_id: str) -> threading.Event:
-    """Return the flag that makes a run pause at a point from which it can continue later."""
+    """Return the flag that makes a run pause at a point from which it can continue later, and its parts with it."""
     with _lock:
-        return _pauses.setdefault(flow_run_id, threading.Event())
+        one = _pauses.setdefault(flow_run_id, _Passed())
+        if (whole := _pauses.get(_whole.get())) not in (None, one):
+            whole.has(one)
+        return one
+
+
+def pauses_with_its_whole() -> bool:
+    """Return True if the run that this context's runs are parts of is to pause."""
+    with _lock:
+        whole = _pauses.get(_whole.get())
+    return whole is not None and whole.is_set()
 
 
 def paused(message: str = "") -> State[Any]:

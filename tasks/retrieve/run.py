@@ -271,7 +271,7 @@ class Retrieval:
     # ---- handing on
 
     def _begin_to_hand_on(self, study: Study) -> None:
-        if study.study in self._handing_on or self.cancelled.is_set():
+        if study.study in self._handing_on or self._stopped():
             return
         task = asyncio.create_task(self._hand_on(study, self._folder(study)))
         self._handing_on[study.study] = task
@@ -315,7 +315,7 @@ class Retrieval:
     async def _hand_on(self, study: Study, folder: Path) -> None:
         async with self._senders:
             waited = study.again
-            if self.cancelled.is_set() or (waited and len(self._in_vain) >= DISPATCHES):  # nothing has changed for it
+            if self._stopped() or (waited and len(self._in_vain) >= DISPATCHES):  # nothing has changed for it
                 return
             try:
                 if self.wish.into:

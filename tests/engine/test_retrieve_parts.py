@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from tasks.dispatch import rest, running
 from tests.engine.material import files, folder, go_on, later, source, study
-from tests.engine.test_retrieve_waits import parts, rests
+from tests.engine.test_retrieve_waits import RESTS, parts, rests
 from tests.engine.test_states import is_at_rest, put
-from tests.servers.qr import Instance, archive
+from tests.servers.qr import GET, Instance, archive
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -22,6 +23,10 @@ HOLDS = {"Paused": "Paused", "Suspended": "Suspended", "Pausing": "Paused", "Sch
 
 def came(path: Path, uids: set[str]) -> int:
     return sum(1 for name in files(path) if Path(name).stem in uids)
+
+
+def sending(up: Talaria, run_id: str) -> bool:
+    return any(one["state_type"] in ("RUNNING", "PENDING") for one in parts(up, run_id).values())
 
 
 def made_of(up: Talaria, part: str, name: str) -> None:
@@ -127,3 +132,56 @@ def test_a_state_that_is_set_on_one_while_it_waits_stays(up: Talaria, tmp_path: 
             lambda: {one["state_type"] for one in parts(up, run_id).values()} <= {"CANCELLED", "FAILED", "COMPLETED"},
             60,
         )
+
+
+def test_a_pause_of_a_run_is_one_of_its_parts_and_not_the_other_way_round() -> None:
+    try:
+        whole = running.pause("whole")
+        with running.part_of("whole"):
+            first = running.pause("first")
+            assert not running.pauses_with_its_whole()
+            first.set()
+            assert not whole.is_set()
+            whole.set()
+            assert running.pause("second").is_set() and running.pauses_with_its_whole()
+            assert rest.paused("").name == RESTS
+        assert not running.pause("neighbour").is_set() and rest.paused("").name == running.PAUSED
+    finally:
+        for name in ("whole", "first", "second", "neighbour"):
+            running.forget(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["Pausing", "Suspended", "Paused"])
+def test_what_is_being_sent_is_paused_with_its_retrieval_and_goes_on_with_it(
+    up: Talaria, tmp_path: Path, by: str
+) -> None:
+    """It was sent to its end, which for a large study to a slow target takes hours."""
+    data = {number: study(f"{by}{number}", series=1, each=EACH) for number in range(3)}
+    with archive([one for each in data.values() for one in each]) as peer:
+        slow = folder(tmp_path / "slow", bandwidth_limit=SLOW, concurrency=1)
+        up.apply(src=source(peer), paused_slow=slow)
+        numbers = " ".join(f"{by}{number}" for number in data)
+        run_id = up.told("retrieve", "src", "--accession", numbers, "--to", "paused-slow", "--no-wait")["flow_run_id"]
+        everything = {one.uid for one in peer.instances}
+        up.until(lambda: came(tmp_path / "slow", everything) and len(peer.asked(GET)) == len(data), 60)
+        made_of(up, run_id, by)
+        up.until(
+            lambda: up.run(run_id)["state_name"] == {"Pausing": "Paused"}.get(by, by) and not sending(up, run_id), 60
+        )
+        before = came(tmp_path / "slow", everything)
+        assert 0 < before < len(everything)
+        begun = parts(up, run_id)
+        assert begun and {one["state_name"] for one in begun.values()} == {RESTS}
+        assert "its retrieval to be resumed" in next(iter(begun.values()))["state"]["message"]
+        shown = up.told("jobs", "show", run_id)
+        assert shown["state"] == "paused" and not shown["failed"]
+        up.apply(paused_slow=slow | {"bandwidth_limit": None})
+        if by == "Paused":
+            up.api("POST", f"/flow_runs/{run_id}/resume", run_input=None)
+        else:
+            up.told("jobs", "resume", run_id, "--no-wait")
+        up.until(lambda: up.run(run_id)["state_type"] == "COMPLETED", 60)
+        ended = parts(up, run_id)
+        assert {one["id"] for one in begun.values()} <= {one["id"] for one in ended.values()}
+        assert came(tmp_path / "slow", everything) == len(everything) and len(peer.asked(GET)) == len(data)
