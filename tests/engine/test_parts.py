@@ -64,6 +64,7 @@ def test_one_that_goes_on_is_found_though_its_event_was_lost(tmp_path: Path, mon
 
         monkeypatch.setattr(running, "parts", lambda: {str(here.id): None})
         monkeypatch.setattr(parts, "heed_all", _nothing)
+        monkeypatch.setattr(parts, "end_left", _nothing)
         assert asyncio.run(look()) == {resumed.id, running_again.id, due.id, ended.id}
         assert called == [server.whole] * 3
         (asked,) = server.asked
