@@ -33,7 +33,7 @@ async def find(
         accessions: accession numbers as copied from a list or a spreadsheet: separated by commas, blanks or new lines.
         study_uids: Study Instance UIDs.
         study_date: only studies of this date, as 20240131, or range, as 20240101-20240131, 20240101- or -20240131.
-        modality: only studies with series of this modality, as CT.
+        modality: only studies with series of this modality, as CT, or of one of several, as CT, MR.
         study_descriptions: only studies with one of these descriptions, in the same case.
         series_descriptions: only series with one of these descriptions, in the same case.
         level: what one match is.

@@ -45,7 +45,7 @@ async def retrieve(
         study_uids: Study Instance UIDs, instead of accession numbers.
         series_uid: only this series.
         study_date: only studies of this date, as 20240131, or range, as 20240101-20240131, 20240101- or -20240131.
-        modality: only series of this modality, as CT.
+        modality: only series of this modality, as CT, or of one of several, as CT, MR.
         study_descriptions: only studies with one of these descriptions, in the same case.
         series_descriptions: only series with one of these descriptions, in the same case.
         priority: offpeak fetches within the off-peak hours only.

@@ -31,7 +31,7 @@ class Keys:
     study_date: Annotated[
         str | None, typer.Option(help="As 20240131, or FROM-TO, FROM- or -TO.", metavar="FROM-TO")
     ] = None
-    modality: Annotated[str | None, typer.Option(help="Modality, as in CT.", metavar="M")] = None
+    modality: Annotated[str | None, typer.Option(help="Modality, as in CT, or several: CT,MR.", metavar="M")] = None
     study_uid: Annotated[str | None, typer.Option(help="Study Instance UID.", metavar="U")] = None
     series_uid: Annotated[str | None, typer.Option(help="Series Instance UID.", metavar="U")] = None
     study_description: Annotated[

@@ -13,6 +13,7 @@ from transfer.columns import BETWEEN
 from transfer.errors import Misconfigured
 
 MOST_CHARS = 1000  # of a value; DICOM's own limits are lower, and archives exceed them
+_CODES = re.compile(r"[\s,;/\\|+&\u3001\uff0c]+")  # between several; no modality's code holds any of them
 _DASHES = re.compile(r"\s*[-\u2010-\u2015\u2212]\s*")
 
 
@@ -50,7 +51,7 @@ def query_of(
         SeriesInstanceUID=_uids([series_uid]),
         # As it is pasted, with another dash or between blanks, and as it is typed in Japanese.
         StudyDate=_DASHES.sub("-", unicodedata.normalize("NFKC", _text(study_date, "a study date"))),
-        Modality=codes,
+        Modality=",".join(filter(None, _CODES.split(codes))),
         StudyDescription=tuple(one for one in study_descriptions if _text(one, "a description")),
         SeriesDescription=tuple(one for one in series_descriptions if _text(one, "a description")),
         level=level,

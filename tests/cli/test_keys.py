@@ -35,6 +35,12 @@ def test_what_mails_add_to_uids_is_dropped_and_what_can_be_no_uid_or_code_is_ref
         assert "Müller" not in str(caught.value)
 
 
+@pytest.mark.parametrize("typed", ["CT,MR", "CT MR", " CT; MR ", "CT/MR", "CT\\MR", "CT + MR,"])
+def test_several_modalities_may_be_typed_as_people_do(typed: str) -> None:
+    """They were one code, that nothing has: all was called missing."""
+    assert query_of(modality=typed).Modality == "CT,MR"
+
+
 @pytest.mark.parametrize(
     ("given", "day"),
     [
