@@ -19,6 +19,7 @@ from transfer.errors import SourceAway
 
 LOOK_S = 2.0  # for a file system to answer
 ANSWER_S = 30.0  # for the server of a share whose disks may have to spin up
+BESIDE_S = 20.0  # between two looks while what lies there is read
 AGAIN_S = 0.5  # between two looks whether one that is slow has answered
 MOUNTS = "/proc/self/mounts"
 logger = logging.getLogger(__name__)
@@ -75,6 +76,17 @@ async def check(paths: Iterable[str], seconds: float) -> None:
     """
     for path in await mute(paths, seconds):
         raise SourceAway(f"{path}: its file system does not answer: is the server of its share away?")
+
+
+async def away(paths: Iterable[str]) -> SourceAway:
+    """Wait until the file system of one of some paths, which are being read, has not answered for ANSWER_S."""
+    wanted = list(dict.fromkeys(await asyncio.to_thread(lambda: [_own_place(path) for path in paths])))
+    while True:
+        await asyncio.sleep(BESIDE_S)
+        try:
+            await check(wanted, ANSWER_S)
+        except SourceAway as exc:
+            return exc
 
 
 def _own_place(path: str) -> str:

@@ -86,6 +86,8 @@ class Dispatch:
         in_line = line.stands(flow_run_id)
         self.looks = Looks(flow_run_id, home, ledger, in_line, priority, origin)
         self.left = False  # whether it was told to stop only because its process ends
+        self.away: SourceAway | None = None  # or because the share of its files does not answer any more
+        self._beside: asyncio.Task[None] | None = None  # looks whether it does
 
     @property
     def _open(self) -> list[Target]:
@@ -133,6 +135,21 @@ class Dispatch:
             if not self.cancelled.is_set():
                 raise
             raise await self._stopped_early("waited") from exc
+        self._beside = asyncio.create_task(self._stop_if_away((*paths, *within)))
+
+    async def _stop_if_away(self, paths: Sequence[str]) -> None:
+        """Stop where a share does not answer any more while it is read: no thread that reads there ends until it does.
+
+        The run rests then, and holds no place of the worker's or the target's.
+        """
+        self.away = await silent.away(paths)
+        self.cancelled.set()
+
+    async def ends(self) -> None:
+        """End what is done beside the rest, and give back what was taken and not used."""
+        if self._beside is not None:
+            self._beside.cancel()
+        await self.looks.release()
 
     async def stage(
         self, paths: list[str], exclude: str, origin: Origin, copy_first: bool = False, each: str = ""
@@ -168,7 +185,9 @@ class Dispatch:
 
         return await patiently(read) or {}
 
-    async def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
+    async def _stopped_early(self, did: str = "read its files") -> DispatchError:
+        if self.away:
+            return self.away
         if self.paused.is_set():
             return Paused(f"the dispatch was paused while it {did}")
         if await is_left(self.flow_run_id):
@@ -198,7 +217,10 @@ class Dispatch:
             if self.cancelled.is_set():  # a paused one goes on when it is resumed, as one does whose process ends
                 self.left = not self.paused.is_set() and await is_left(self.flow_run_id)
                 for delivery in filter(lambda one: one.stopped, self.deliveries):
-                    delivery.stopped = State.WAITING if self.left or self.paused.is_set() else State.CANCELLED
+                    goes_on = self.left or self.away or self.paused.is_set()
+                    delivery.stopped = State.WAITING if goes_on else State.CANCELLED
+                    if self.away and not self.left:
+                        self.looks.waits[delivery.target.name] = rest.for_what_is_away(self.away)
         self.looks.rest.artifacts = {name: str(one) for name, one in artifacts.items()}
         receipts = [delivery.receipt() for delivery in self.deliveries]
         for delivery, receipt, attempts in zip(self.deliveries, receipts, before, strict=True):
@@ -315,7 +337,7 @@ class Dispatch:
         receipts = self._receipts(new)
         state = overall([receipt.state for receipt in receipts])
         outputs = {d.target.name: f"{d.hook_result}\n{d.hook_output}" for d in self.deliveries if d.hook_result}
-        rests = bool(self.looks.waits) and not self.cancelled.is_set()
+        rests = bool(self.looks.waits) and (bool(self.away) or not self.cancelled.is_set())
         studies = self.looks.rest.document.get("studies")
         if studies is not None:
             studies = rows_given_up(studies, {name: why for name, (why, last) in self.looks.failed.items() if last})
@@ -350,7 +372,7 @@ class Dispatch:
         except asyncio.CancelledError:
             if not self.cancelled.is_set():
                 raise
-            state = state if self.paused.is_set() or running.stopping() else State.CANCELLED
+            state = state if self.away or self.paused.is_set() or running.stopping() else State.CANCELLED
         if state is State.DELIVERED:
             return Completed(message=message)
         return Cancelled(message=message) if state is State.CANCELLED else Failed(message=message)
@@ -401,7 +423,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming, origin:
         shown_live = await stack.enter_async_context(live(home, flow_run_id))
         owner = ledger.runs.owner_of(running.whole() or flow_run_id) or ""
         dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority, origin, owner)
-        stack.push_async_callback(dispatch.looks.release)
+        stack.push_async_callback(dispatch.ends)
         dispatch.looks.rest = await patiently(lambda: rest.load(home, ledger, flow_run, [one.name for one in chosen]))
         dispatch.who = audited.requester(flow_run)
         is_part = bool(running.whole() and owner)  # it belongs to the process of the run that it is a part of

@@ -42,7 +42,7 @@ from tasks.sources.sweep import Sweep
 from tasks.sources.swept import Swept
 from tasks.targets import TARGETS
 from transfer import live, silent, unitlist
-from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
+from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound, SourceAway
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
 from transfer.shared import AT, of_queue
@@ -91,18 +91,25 @@ class _Wish:
 
     def __init__(self, *stopped: threading.Event) -> None:
         self._stopped, self._over = stopped, ""
+        self._away: SourceAway | None = None  # a share of the source does not answer any more
 
     @property
     def is_over(self) -> bool:
         """Whether it is not; for any thread."""
-        return any(one.is_set() for one in self._stopped) or bool(self._over)
+        return any(one.is_set() for one in self._stopped) or bool(self._over or self._away)
 
     def check(self) -> None:
-        """Raise Cancelled if it is not; for any thread."""
+        """Raise Cancelled if it is not, SourceAway if it can't go on; for any thread."""
         if any(one.is_set() for one in self._stopped):
             raise Cancelled("the sweep was stopped")
         if self._over:
             raise Cancelled(self._over)
+        if self._away:
+            raise self._away
+
+    async def end_if_away(self, source: Source) -> None:
+        """End the sweep where a share does not answer any more: it would hold its place until that does."""
+        self._away = await silent.away(checks.places_of(source))
 
     async def follow(self, client: PrefectClient, home: Home, source: Source) -> None:
         """See, until it is cancelled, whether the source is still what the sweep has begun with."""
@@ -154,9 +161,10 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
             if looks:
                 await _end_others(client, flow_run)
             before = ledger.sources.sweep(source.name)
-            following = asyncio.create_task(wish.follow(client, home, source))
+            beside = [asyncio.create_task(wish.follow(client, home, source))]
             try:
                 await _answers(source)
+                beside.append(asyncio.create_task(wish.end_if_away(source)))
                 others = await belonging.elsewhere(client)
                 mute = await silent.mute(checks.places_beside(source, sources, targets), 0.0)
                 await _while(wish, asyncio.to_thread(_check, source, sources, targets, before, others, mute))
@@ -170,7 +178,8 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish:
                 _stuck(ledger, source, before, error.message if isinstance(error, DispatchError) else unexpected)
                 raise
             finally:
-                following.cancel()
+                for one in beside:
+                    one.cancel()
             mount = await _while(wish, asyncio.to_thread(_mount, source))
             row = SweepRow(mount, 0.0, done.next, done.waiting, "")
             ledger.sources.swept(source.name, row if looks else replace(before, mount=mount, detail=""))
@@ -192,7 +201,7 @@ async def _while(wish: _Wish, work: Awaitable[R]) -> R:
     """Wait for a part of a sweep; leave it where the sweep is stopped and a share keeps it from ending.
 
     Raises:
-        Cancelled: it was stopped. Others: as the work does.
+        Cancelled, SourceAway: as `_Wish.check`. Others: as the work does.
     """
     try:
         return await stoppable(work, lambda: wish.is_over)

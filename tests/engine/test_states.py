@@ -29,10 +29,11 @@ from talaria.engine.watch import StateChange
 from talaria.engine.worker import RETRIES, Worker
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
-from tasks.dispatch import rest, running
+from tasks.dispatch import line, rest, running
 from tasks.retrieve import dispatches
 from tests.engine.material import later
 from tests.servers.up import Talaria
+from transfer import silent
 from transfer.errors import Misconfigured
 from transfer.happenings import DISPATCHES
 from transfer.home import Home
@@ -329,6 +330,57 @@ def test_a_dispatch_is_cancelled_while_the_share_of_its_files_hangs(
 
     state = asyncio.run(ended())
     assert state is not None and state.is_cancelled()
+
+
+@pytest.mark.parametrize("where", ["run.studies_of", "stage.scan", "delivery.Plan.open", "keeping._kept"])
+def test_a_dispatch_rests_when_the_share_of_its_files_hangs_while_it_is_read(
+    up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It held a place of the worker's, and a slot of the target, until the share was back or somebody cancelled it."""
+    studies.ct(tmp_path / "study" / "one", 1)
+    gone = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", "max_attempts": 1}
+    up.apply(shelf=folder(tmp_path / "shelf"), gone=gone)
+    entered, back, ask = threading.Event(), threading.Event(), os.statvfs
+
+    def hangs(*_: Any, **__: Any) -> None:
+        entered.set()
+        back.wait()
+
+    def answers(path: Any) -> os.statvfs_result:
+        if entered.is_set() and str(path).startswith(str(tmp_path / "study")):
+            back.wait()
+        return ask(path)
+
+    monkeypatch.setattr(line, "_waker", lambda run_id: None)
+    monkeypatch.setattr(os, "statvfs", answers)
+    for name, seconds in (("LOOK_S", 0.1), ("ANSWER_S", 0.0), ("BESIDE_S", 0.1)):
+        monkeypatch.setattr(silent, name, seconds)
+    begins = silent.check
+
+    async def checks(paths: Any, seconds: float) -> None:
+        if entered.is_set():
+            await begins(paths, seconds)
+
+    monkeypatch.setattr(silent, "check", checks)
+    monkeypatch.setattr("tasks.dispatch.run.GRACE_S", 0.1)
+    monkeypatch.setattr(f"tasks.dispatch.{where}", hangs)
+
+    async def ended() -> State[Any] | None:
+        async with get_client() as client:
+            each, target = "folder" if where == "run.studies_of" else "", "gone" if "keeping" in where else "shelf"
+            parameters = {"paths": [str(tmp_path / "study")], "targets": [target], "each": each}
+            flow_run = await client.create_flow_run(dispatch, parameters=parameters, state=Pending())
+            try:
+                return await asyncio.wait_for(lanes.run_here(dispatch, flow_run), as_loaded(60))
+            finally:
+                back.set()
+
+    state = asyncio.run(ended())
+    assert state is not None and entered.is_set()
+    if "keeping" in where:
+        assert state.is_failed()
+    else:
+        assert state.name == "AwaitingRetry" and "the share of its files to answer" in (state.message or "")
 
 
 def in_this_order(up: Talaria, run: str, names: list[str]) -> bool:

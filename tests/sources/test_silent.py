@@ -189,6 +189,24 @@ def test_a_sweep_that_is_stopped_is_not_held_up(share: Share, monkeypatch: pytes
     asyncio.run(stop())
 
 
+def test_a_sweep_ends_where_the_share_hangs_while_it_is_read(share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It held a place of the worker's until the share was back."""
+    monkeypatch.setattr("tasks.dispatch.stoppable.GRACE_S", 0.01)
+    monkeypatch.setattr(silent, "BESIDE_S", 0.01)
+
+    async def hangs() -> None:
+        wish = run._Wish(threading.Event())
+        look = asyncio.create_task(wish.end_if_away(box(share.folder)))
+        with pytest.raises(SourceAway, match="does not answer"):
+            await run._while(wish, asyncio.to_thread(share.wait))
+        with pytest.raises(SourceAway):  # as it is for its threads
+            wish.check()
+        await look
+        share.over.set()
+
+    asyncio.run(asyncio.wait_for(hangs(), 60))
+
+
 def test_others_are_watched_and_the_share_is_when_it_is_back(
     tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch
 ) -> None:
