@@ -10,8 +10,8 @@ from pydantic import Field, HttpUrl, field_validator, model_validator
 from blocks.base import ICONS, Target, check_host
 from blocks.fields import BYTES, SECONDS, Group, about
 from transfer.plan import Origin
+from transfer.validation import check_aet
 
-AET_CHARS = 16  # PS3.5 table 6.2-1, VR AE
 SENDER = "sender"  # as `host`: the node that the study came from
 MIN_PDU = 4096  # bytes; PS3.8 Annex D.1 sets no least length, DCMTK's is 4096
 
@@ -193,13 +193,3 @@ pacs = DicomTarget.load("BLOCK_NAME")
         if self.host == SENDER and self.queries:
             raise ValueError("host 'sender' stands for a study's origin: such a target can only store")
         return self
-
-
-def check_aet(value: str) -> str:
-    """Return an AE title without its insignificant blanks, or raise ValueError (PS3.5 table 6.2-1, VR AE)."""
-    value = value.strip(" ")
-    if not 1 <= len(value) <= AET_CHARS:
-        raise ValueError(f"AE title {value!r}: must have 1 to {AET_CHARS} characters")
-    if "\\" in value or not value.isascii() or not value.isprintable():
-        raise ValueError(f"AE title {value!r}: use ASCII letters, digits, blanks and signs, but no backslash")
-    return value

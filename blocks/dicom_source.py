@@ -12,11 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_val
 
 from blocks.base import ICONS, check_host
 from blocks.credentials import ShowsCertificate, authorities, certificate, key_password, private_key
-from blocks.dicom import AET_CHARS, check_aet
 from blocks.dicom_tls import TlsProfile
 from blocks.fields import BYTES, SECONDS, Group, about
 from blocks.source import After, Leaving, Source, checked_names
-from transfer.validation import numbers_only
+from transfer.validation import AET_CHARS, check_aet, numbers_only
 
 MOST_ASSOCIATIONS = 64  # at once, unless the source says otherwise
 MAPPED_BITS = 96  # before an address of IPv4 in one of IPv6 (RFC 4291, section 2.5.5.2)

@@ -13,11 +13,11 @@ from zoneinfo import ZoneInfo
 from pydantic import Field, field_validator, model_validator
 
 from blocks.base import CONTROL, ICONS, check_host
-from blocks.dicom import check_aet
 from blocks.fields import SECONDS, Group, about
 from blocks.named import NamedBlock
 from transfer.globs import patterns
 from transfer.plan import Origin
+from transfer.validation import check_aet
 
 LOGO = f"{ICONS}/folder.svg"
 NAME_CHARS = 60  # of a source, whose name is also that of a folder, and part of a deployment's

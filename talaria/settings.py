@@ -20,7 +20,7 @@ from talaria.home import settings_files
 from transfer import roots, shared
 from transfer.home import Home
 from transfer.live import FOLLOWED_HERE
-from transfer.validation import meant, numbers_only, what_is_wrong
+from transfer.validation import check_aet, meant, numbers_only, what_is_wrong
 from transfer.window import DispatchWindow
 
 KEEP = ("keep_days", "keep_limit", "keep_failed_days")  # bounds of what is remembered
@@ -55,9 +55,7 @@ class Settings(BaseSettings):
     )
     workers: int = Field(default=1, ge=1, le=64, description="Worker processes of `talaria up`.")
     limit: int = Field(default=8, ge=1, le=256, description="Dispatches at once in one worker.")
-    scp_aet: str = Field(
-        default="TALARIA", min_length=1, max_length=16, description="AE title of the Storage SCP that C-MOVE sends to."
-    )
+    scp_aet: str = Field(default="TALARIA", description="AE title of the Storage SCP that C-MOVE sends to.")
     scp_port: int = Field(
         default=11_112, ge=0, le=65535, description="Port of the Storage SCP; open while C-MOVE is used. 0: no C-MOVE."
     )
@@ -126,6 +124,11 @@ class Settings(BaseSettings):
     def _listed(cls, value: object) -> object:
         """Accept a list, as TOML has them."""
         return os.pathsep.join(map(str, value)) if isinstance(value, list) else value
+
+    @field_validator("scp_aet")
+    @classmethod
+    def _aet(cls, value: str) -> str:
+        return check_aet(value)
 
     @field_validator("home", mode="before")
     @classmethod

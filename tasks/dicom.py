@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from blocks.base import check_host
-from blocks.dicom import SENDER, DicomTarget, check_aet
+from blocks.dicom import SENDER, DicomTarget
 from blocks.dicom_tls import DicomTlsTarget, TlsProfile
 from imaging.query import Match, Query
 from imaging.transcode import NEVER
@@ -41,6 +41,7 @@ from transfer.health import Health
 from transfer.plan import Item, Origin, Plan, header_of
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
+from transfer.validation import check_aet
 
 BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no study has
 NOBODY = "TALARIA-PROBE"  # for peers that know studies below a patient only

@@ -12,12 +12,13 @@ from prefect.client.schemas.objects import BlockDocument
 
 from blocks import REFUSED, TYPES, Target
 from blocks.base import check_host
-from blocks.dicom import DicomTarget, check_aet
+from blocks.dicom import DicomTarget
 from tasks import DRIVERS
 from tasks.documents import Broken, Documents
 from tasks.names import qualified, type_of
 from transfer.errors import Misconfigured
 from transfer.plan import Origin
+from transfer.validation import check_aet
 
 _CHECKS = {"sender_aet": check_aet, "receiver_aet": check_aet, "sender_host": check_host}
 UNSAID = "this dispatch does not say where the study came from: give {}"

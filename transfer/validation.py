@@ -33,10 +33,15 @@ _SAID = {
     "enum": "must be {expected}",
     "literal_error": "must be {expected}",
     "too_short": "must not be empty",
+    "too_long": "must be at most {max_length}, and are {actual_length}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
     "list_type": "must be a list, as in [one, two]",
     "dict_type": "must be a mapping",
 }
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+AET_CHARS = 16  # PS3.5 table 6.2-1, VR AE
 OWN = "Value error, "  # what pydantic puts before the message of a validator
 NO_NUMBER: tuple[()] = ()  # stands for a value that is none
 _HALF = re.compile("[\ud800-\udfff]")
@@ -152,8 +157,8 @@ def _words(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
         field = fields.get(str(error["loc"][0])) if error["loc"] else None
         names, first = _inner(field)
         names = f": there are {names}" if names and len(error["loc"]) > 1 else ""
-        bounds, expected = _range(getattr(field, "metadata", ()), context), context.get("expected")
-        said = said.format(range=bounds, expected=expected, names=names, first=first)
+        bounds = _range(getattr(field, "metadata", ()), context)
+        said = said.format(**context | {"range": bounds, "names": names, "first": first})
     # Validators that look at several fields name them by themselves.
     return said if not where or said.startswith(f"{where} ") else f"{where}: {said}"
 
@@ -174,3 +179,13 @@ def _range(metadata: Iterable[object], context: Mapping[str, Any]) -> str:
     bounds = bounds or {name: context[name] for name in _BOUNDS if name in context}
     parts = [f"{how} {bounds[name]}" for name, how in _BOUNDS.items() if name in bounds]
     return ", " + " and ".join(parts) if parts else ""
+
+
+def check_aet(value: str) -> str:
+    """Return an AE title without its insignificant blanks, or raise ValueError (PS3.5 table 6.2-1, VR AE)."""
+    value = value.strip(" ")
+    if not 1 <= len(value) <= AET_CHARS:
+        raise ValueError(f"AE title {value!r}: must have 1 to {AET_CHARS} characters")
+    if "\\" in value or not value.isascii() or not value.isprintable():
+        raise ValueError(f"AE title {value!r}: use ASCII letters, digits, blanks and signs, but no backslash")
+    return value

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from blocks import TYPES
+from blocks import RULES, TYPES
 from talaria import targetfile
 from talaria.settings import Settings, load_settings, misspelt
 from tests.targets.fields import NEEDED
 from transfer import uploads
 from transfer.errors import Misconfigured
-from transfer.validation import is_text
+from transfer.validation import is_text, what_is_wrong
 
 NO_HOST = "is not a host name or an IP address"
 SETTING = re.compile(r"`TALARIA_(\w+)`")
@@ -74,6 +75,9 @@ def test_no_message_is_pydantic_s_own(name: str) -> None:
         ("TALARIA_PORT", "x", "setting port: must be a whole number, at least 1 and at most 65535"),
         ("TALARIA_WORKERS", "0", "setting workers: must be a number, at least 1 and at most 64"),
         ("TALARIA_OFF_PEAK", "night", "setting off_peak: window 'night': expected HH:MM-HH:MM"),
+        ("TALARIA_SCP_AET", " ", "setting scp_aet: AE title '': must have 1 to 16 characters"),
+        ("TALARIA_SCP_AET", "KLINIKUM_MÜNCHEN", "setting scp_aet: AE title 'KLINIKUM_MÜNCHEN': use ASCII letters"),
+        ("TALARIA_HOST_NAME", "two words", "setting host_name: must match ^[A-Za-z0-9._-]*$"),
     ],
 )
 def test_a_wrong_setting_is_told_by_name(
@@ -83,6 +87,21 @@ def test_a_wrong_setting_is_told_by_name(
     with pytest.raises(ValueError, match="setting") as caught:
         load_settings()
     assert words in str(caught.value) and "TALARIA_" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        ("command", {"command": "../page"}, "command: must match ^[A-Za-z0-9_]"),
+        ("command", {"command": "page", "arguments": ["-x"] * 101}, "arguments: must be at most 100, and are 101"),
+        ("command", {"command": "page", "on": []}, "on: must not be empty"),
+    ],
+)
+def test_lengths_and_patterns_are_told_in_our_words(kind: str, values: dict[str, Any], words: str) -> None:
+    """They were pydantic's: `String should match pattern`, `List should have at most 100 items after validation`."""
+    with pytest.raises(ValidationError) as caught:
+        RULES[kind](**values)
+    assert what_is_wrong(caught.value.errors(), RULES[kind].model_fields).startswith(words)
 
 
 def test_a_settings_file_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
