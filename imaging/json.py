@@ -11,6 +11,7 @@ from pydicom.datadict import keyword_for_tag
 
 Attributes = dict[str, Any]  # as PS3.18 Annex F: by tag, eight hexadecimal digits in upper case
 
+TEXTS = ("LT", "ST", "UT", "UR")  # VRs in which a backslash is a letter (PS3.5 section 6.2)
 PADDING = " \0"  # to an even length, PS3.5 section 6.2: some servers give values as they lie in the file
 
 
@@ -116,7 +117,12 @@ def keyworded(attributes: Attributes) -> dict[str, Any]:
         keyword = _keyword(tag)
         if not keyword or not isinstance(element, dict) or element.get("vr") in ("SQ", "OB", "OW", "UN"):
             continue
-        plain = [_plain(value) for value in values(attributes, tag)]
+        several = element.get("vr") not in TEXTS  # some servers give all values in one, as they lie in a file
+        plain = [
+            _plain(one)
+            for value in values(attributes, tag)
+            for one in (value.split("\\") if several and isinstance(value, str) else [value])
+        ]
         found[keyword] = plain[0] if len(plain) == 1 else plain or ""
     return found
 

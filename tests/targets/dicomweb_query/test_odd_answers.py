@@ -67,6 +67,20 @@ def test_forms_of_no_result(server: Scripted, body: bytes) -> None:
     assert found(server) == []
 
 
+def test_modalities_that_are_written_as_in_a_file(server: Scripted) -> None:
+    study = studies.uid(56)
+    hold(server, *series_of(1, study=study), studies.dataset("MR_small.dcm", study=study))
+    writing(
+        server,
+        lambda element: (
+            element | ({"Value": ["\\".join(element["Value"])]} if len(element.get("Value", ())) > 1 else {})
+        ),
+    )
+    server.ignores = {"filters"}
+    assert len(found(server, Query(Modality="MR"))) == len(found(server, Query(Modality="CT"))) == 1
+    assert not found(server, Query(Modality="US"))
+
+
 def test_results_that_all_lack_their_uid_are_not_taken_for_none(server: Scripted) -> None:
     hold(server, *series_of(2))
     usual = server._search
