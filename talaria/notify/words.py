@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -38,6 +40,7 @@ HAPPENED = {
 }
 ORDER = ("disk.low", "source.stuck", "target.down", "dispatch.failed", "dispatch.partial", "dispatch.late",
          "certificate.expires", "target.up", "dispatch.delivered")  # fmt: skip
+ID_CHARS = 10
 TEST = "This is a test of the rule {rule}: nothing has happened."
 
 
@@ -69,7 +72,9 @@ def letter(one: StoredMessage, home: str, host: str, *, test: bool = False) -> L
     entries = sorted(
         one.body.get("entries", {}).values(), key=lambda entry: (_place(entry), -entry["count"], name_of(entry))
     )
-    number = f"test-{one.made:.3f}" if test else str(one.number)
+    # Each recipient is numbered from 1, and again once a rule was removed; what is told is new, and stays after a try.
+    told = hashlib.sha256(json.dumps(one.body, sort_keys=True).encode()).hexdigest()[:ID_CHARS]
+    number = f"test-{one.made:.3f}" if test else f"{one.number}-{told}"
     lines = [_line(entry) for entry in entries] or [TEST.format(rule=one.rule)]
     subject = _subject(entries) if entries else f"test of the rule {one.rule}"
     text = "\n\n".join([*lines, f"Rule {one.rule} of Talaria on {host}. `talaria notify show {one.rule}` shows it."])

@@ -184,9 +184,23 @@ def test_contacts_hear_of_their_own_target_and_the_others_of_all(home: Home, tmp
             collect(ledger, [rule], contacts)
         running(Alone(home, rule), until=lambda: len(server.messages) == 3)
         texts = {name: message.get_content() for name, message in server.messages}
+        # A mailbox that several of them lead to drops what it has already, by this.
+        assert len({message["Message-ID"] for _, message in server.messages}) == 3
     assert texts.keys() == {"team@example.org", "pacs@example.org", "ct@example.org"}
     assert "pacs: 2 dispatches failed" in texts["pacs@example.org"] and "archive" not in texts["pacs@example.org"]
     assert all(word in texts["team@example.org"] for word in ("pacs", "archive", "nobodys", "ct: is stuck"))
+
+
+def test_no_two_messages_have_one_id(home: Home, hook: Receiver) -> None:
+    """Receivers drop what they have already; numbers begin again where a rule was removed and comes back."""
+    with Ledger(home.ledger) as ledger:
+        for _ in range(2):
+            failed(ledger, 1)
+            collect(ledger, [webhook(hook)], {})
+            running(Alone(home, webhook(hook)), until=lambda: newest(home).state == SENT)
+            ledger.messages.drop("ops")
+    ids = [one.headers["webhook-id"] for one in hook.taken]
+    assert len(set(ids)) == 2 and all("-ops-1-" in one for one in ids)
 
 
 def test_later_failures_wait_for_the_rate_and_are_told_together(home: Home, hook: Receiver) -> None:
