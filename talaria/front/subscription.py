@@ -15,8 +15,10 @@ from talaria.front.gate import Message
 from talaria.front.upstream import Upstream
 
 PATH = "/api/events/out"
+TOO_SLOW = "too much waits for the reader of this stream: ask again, with the last event's id as Last-Event-ID"
 OPENED_S = 30.0  # how long the server may take to accept it
-BACKLOG = 5000  # events that wait for a slow reader before its subscription ends
+# What waits for a slow reader before its subscription ends; a closed laptop reads nothing for hours, and asks again.
+BACKLOG, BACKLOG_CHARS = 5000, 16 << 20
 
 
 class Ended(Exception):
@@ -57,7 +59,8 @@ class Events:
 
     def __init__(self) -> None:
         self._out: asyncio.Queue[Message] = asyncio.Queue()
-        self._in: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._in: asyncio.Queue[str | bytes | None] = asyncio.Queue()  # read when its turn comes: it is larger then
+        self._waiting, self._ended = 0, False
         self._out.put_nowait({"type": "websocket.connect"})
 
     def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
@@ -85,10 +88,12 @@ class Events:
         Raises:
             Ended: there are no more.
         """
-        message = await self._in.get()
-        if message is None:
+        text = await self._in.get()
+        if text is None:
             self._in.put_nowait(None)
-            raise Ended("the subscription of events has ended")
+            raise Ended(TOO_SLOW if self._waiting else "the subscription of events has ended")
+        self._waiting -= len(text)
+        message: dict[str, Any] = json.loads(text)
         return message
 
     def say(self, message: dict[str, Any]) -> None:
@@ -96,14 +101,17 @@ class Events:
         self._out.put_nowait({"type": "websocket.receive", "text": json.dumps(message)})
 
     def leave(self) -> None:
-        """Close the websocket."""
+        """Close the websocket; what has come and was not heard is forgotten."""
+        while not self._in.empty():
+            self._in.get_nowait()
+        self._end()
         self._out.put_nowait({"type": "websocket.disconnect", "code": 1000})
 
     def over(self, task: asyncio.Task[None]) -> None:
         """Note that the server has ended it."""
         if not task.cancelled():
             task.exception()  # else it is reported as never looked at
-        self._in.put_nowait(None)
+        self._end()
 
     async def receive(self) -> Message:
         """Give the server what was said (ASGI)."""
@@ -111,11 +119,21 @@ class Events:
 
     async def send(self, message: Message) -> None:
         """Take what the server says (ASGI)."""
-        if message["type"] == "websocket.close" or self._in.qsize() > BACKLOG:
-            self._in.put_nowait(None)
+        if self._ended:
+            return
+        if message["type"] == "websocket.close":
+            self._end()
         elif message["type"] == "websocket.send":
             text = message.get("text")
-            self._in.put_nowait(json.loads(text if text is not None else message["bytes"]))
+            text = text if text is not None else message["bytes"]
+            self._waiting += len(text)
+            self._in.put_nowait(text)
+            if self._in.qsize() > BACKLOG or self._waiting > BACKLOG_CHARS:
+                self.leave()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._in.put_nowait(None)
 
 
 def _scope() -> Message:

@@ -77,6 +77,7 @@ async def _also_late(events: Events, prefect: Upstream, about: dict[str, Any]) -
         async for one in events.within(BOTH_S):
             known.add(one["id"])
             yield one
+        events.leave()  # nobody hears it any more
         async for one in again:
             if one["id"] not in known:
                 yield one
