@@ -5,7 +5,8 @@ they would get a slot at a target: by the time since which they wait, `urgent` a
 `offpeak` ten minutes later. So those in the lower queues have their turn, for which the server's answer has no room.
 
 A Prefect server elsewhere makes runs of its schedules and automations in the queue of their deployment, whatever their
-priority, and lets nobody put one into another queue. Where many are due, they are all looked through now and then.
+priority, and lets nobody put one into another queue. Where many are due, they are all looked through now and then; and
+it lets anybody remove a queue, whose runs it lists no more.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from prefect.client.schemas.responses import WorkerFlowRunResponse
 
 from talaria.engine import hosts
 from talaria.engine.registry import CHECKS, queues
+from talaria.engine.unqueued import Unqueued
 from tasks.dispatch import line
 from transfer.ledger import Ledger
 
@@ -42,6 +44,7 @@ class Due:
         self.client, self.pool, self.limit, self.ledger = client, pool, limit, ledger
         self.elsewhere = 0  # how many runs stand in ordinary queues whose files are on other hosts
         self.aside = 0  # how many are about to rest, and need no place
+        self.unqueued = Unqueued(client)
         self._queues: dict[UUID, str] = {}  # of all hosts and of this one, where there are several; asked each while
         self._asked = 0.0
         self._look_again = 0.0  # for runs that were passed over, in monotonic seconds
@@ -63,7 +66,7 @@ class Due:
             self._full = len(found) >= self.limit
             if self._full:
                 found += await self._passed_over(now)
-                found += await self._still_due(now)
+            found += await self._still_due(now)
         if checks and (not others or len(found) >= self.limit):
             found += await self.scheduled(before=now, queue=CHECKS)
         return sorted({one.id: one for one in found}.values(), key=turn)
@@ -81,9 +84,10 @@ class Due:
         return found
 
     async def look_through(self) -> None:
-        """Find out who of all that are due comes first, if some stand in another queue than that of their priority."""
+        """Find out who of all that are due comes first, if some stand in no queue, or not in that of their priority."""
         if getattr(self.client, "saved", ""):  # the embedded server, which lets them stand in the right one
             return
+        await self.unqueued.look()
         began = time.monotonic()
         if not self._full or began < self._look_through:
             return
@@ -97,8 +101,9 @@ class Due:
         self._look_through = time.monotonic() + took / SHARE
 
     async def _still_due(self, now: datetime) -> list[FlowRun]:
-        """Return those of the first runs of all, as they were looked through, that are still due."""
-        first = self._ahead[: self.limit + self.elsewhere + self.aside]
+        """Return those of the first runs of all, as they were looked through, that are still due, and of no queue."""
+        first = self._ahead[: self.limit + self.elsewhere + self.aside] if self._full else []
+        first += self.unqueued.ids[:MOST]
         if not first:
             return []
         scheduled = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))

@@ -50,7 +50,7 @@ async def _register(client: PrefectClient) -> None:
     for cls in (*TYPES.values(), *SOURCES.values()):
         await cls.aregister_type_and_schema(client=client)
     await _forms(client)
-    await _pool(client)
+    await make_pool(client)
     for name, (flow, entrypoint) in FLOWS.items():
         await _deployment(client, name, flow, entrypoint)
     await deploy_all(client)
@@ -113,7 +113,8 @@ async def _forms(client: PrefectClient) -> None:
             await client.update_block_document(document.id, update)
 
 
-async def _pool(client: PrefectClient) -> WorkPool:
+async def make_pool(client: PrefectClient) -> WorkPool:
+    """Make the work pool, and the queues of it that runs for this host come into, as far as they are not there."""
     try:
         pool = await client.read_work_pool(POOL)
     except ObjectNotFound:

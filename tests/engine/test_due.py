@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +22,7 @@ from talaria.engine.asgi import Message
 from talaria.engine.due import MOST, Due
 from talaria.engine.priority import QueueOfPriority
 from talaria.engine.registry import QUEUES
+from talaria.engine.unqueued import Unqueued
 from talaria.testing import studies
 from tests.servers.up import Talaria
 from transfer.ledger import Ledger
@@ -69,7 +71,9 @@ class Server:
         return [FlowRun.model_validate(one) for _, one in self.runs if one["id"] in ids]
 
     def due(self) -> Due:
-        return Due(cast(PrefectClient, self), "pool", LIMIT, self.ledger)
+        due = Due(cast(PrefectClient, self), "pool", LIMIT, self.ledger)
+        due.unqueued = cast(Unqueued, SimpleNamespace(ids=[], look=partial(asyncio.sleep, 0)))  # of test_unqueued.py
+        return due
 
 
 def names(due: Due, *, checks: bool = False, others: bool = True) -> list[str]:
