@@ -334,15 +334,21 @@ async def sweep_source(office: Office, name: str) -> dict[str, Any]:
 
 
 async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, Any]:
-    """Have units that failed, or are held, dispatched again by the next sweep: one, or all of them."""
+    """Have units that failed, or are held, dispatched again by the next sweep: one, or all of them.
+
+    So has one that was delivered, and of which something stays; of a listener, in whose folder nothing is to stay, all.
+    """
     source = await load_source(office, name)
 
     def forget(book: Sourcebook) -> int:
-        rows = book.units(source.name, UnitState.FAILED, UnitState.HELD).values()
+        rows = [*book.units(source.name, UnitState.FAILED, UnitState.HELD).values()]
+        if unit or isinstance(source, DicomSource):
+            done = book.units(source.name, UnitState.DONE).values()
+            rows += [one for one in done if one.detail]
         chosen = [one for one in rows if unit in ("", one.unit, one.shown)]
         if not chosen:
             what = f"no unit {unit}" if unit else "no unit"
-            raise NotFound(f"{what} has failed or is held", source.name)
+            raise NotFound(f"{what} has failed, is held, or has files that stay", source.name)
         again.forget(office.home, book, source.name, chosen)
         return len(chosen)
 

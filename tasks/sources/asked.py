@@ -57,16 +57,21 @@ def origin_of(asked: Mapping[str, Any]) -> Origin:
     return Origin(*(str(asked.get(name, "")) for name in ORIGIN))
 
 
-def is_still_so(source: Source, asked: Mapping[str, Any], listed: Iterable[ListedUnit]) -> bool:
-    """Return True if a source would ask for a dispatch now as it did before.
+def has_same_targets(source: Source, asked: Mapping[str, Any]) -> bool:
+    """Return True if a source would send units now to whom it has sent them.
 
     Of a listener's routes nobody knows which of them took these units: all that got them must be there still.
     """
+    return {*source.targets} <= {*asked.get("targets", ())} <= {*source.reaches}
+
+
+def is_still_so(source: Source, asked: Mapping[str, Any], listed: Iterable[ListedUnit]) -> bool:
+    """Return True if a source would ask for a dispatch now as it did before."""
     if asked.get("source", "") != (source.query if isinstance(source, ListSource) else ""):
         return False
     if any(asked.get(name, value) != value for name, value in _settings(source).items()):
         return False
-    if not {*source.targets} <= {*asked["targets"]} <= {*source.reaches}:
+    if not has_same_targets(source, asked):
         return False
     if isinstance(source, FileSource) and "sender_aet" in asked and origin_of(asked) != source.origin:
         return False

@@ -23,11 +23,8 @@ from blocks.dicom_source import DicomSource
 from blocks.inbox import InboxSource, Late
 from blocks.list_source import ListSource
 from blocks.source import After
-from tasks import DRIVERS
-from tasks.dispatch.known import is_own_place
 from tasks.happened import happened
-from tasks.names import split
-from tasks.sources import after, again, asked, beside, inbox, units, writers
+from tasks.sources import after, again, asked, beside, confirming, inbox, units, writers
 from tasks.sources.swept import Swept
 from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun, failure
@@ -37,12 +34,10 @@ from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.oserrors import passes, words_of
 from transfer.plan import Origin
-from transfer.receipt import Level, State
 from transfer.sourcebook import UnitRow, UnitState, is_older, unit_of
 from transfer.unitlist import FileFacts, ListedUnit
 
 FLOOD = 250  # units of one dispatch: its receipts stay handy, and one that fails is soon seen
-LEVELS = list(Level)
 DAY_S = 86_400.0
 KEPT_S = 30 * DAY_S  # for which it is remembered what became of units that are there no more
 OPEN_S = 60.0  # after which a unit is looked at again that somebody writes to; a watch sees sooner that this has ended
@@ -217,21 +212,24 @@ class Sweep:
                 return
             self._tried += 1
             if row.unit in self._older and not leave:
-                now = self._goes_later(row, beside.WORDS, "")
+                now: UnitRow | None = self._goes_later(row, beside.WORDS, "")
             elif row.unit in listed:
                 now = self._finished(row, folder, listed[row.unit], end.study(row.unit) or {}, kept)
             else:  # the list is gone: nobody knows what the files were
                 words = "" if leave else "its files stay: the list of them is gone"
                 now = row.now(done, words, batch="")
-            if now.state is done:
-                self.done.counts[done] += 1
+            if now is None or now.state is done:
                 self._open.pop(row.unit, None)
-            self.book.save(name, [now])
+            if now is None:
+                self.book.forget(name, [row.unit])
+            else:
+                self.done.counts[done] += now.state is done
+                self.book.save(name, [now])
 
     def _finished(
         self, row: UnitRow, folder: str, unit: ListedUnit, study: Mapping[str, Any], parameters: Mapping[str, Any]
-    ) -> UnitRow:
-        """Move or delete the files of one unit; return its row after that.
+    ) -> UnitRow | None:
+        """Move or delete the files of one unit; return its row after that, or None if it is to go to other targets too.
 
         Raises:
             DispatchError: the source can't be looked through, or the sweep was stopped.
@@ -241,7 +239,7 @@ class Sweep:
             if self.source.leaving.after is After.LEAVE:
                 after.restore(folder, unit)
                 return row.now(done, batch="")
-            confirmed = self._confirmed(unit, study, parameters)
+            confirmed = confirming.confirmed(self.source, self.targets, self.ledger, unit, study, parameters)
             left = after.finish(self.source, folder, unit, row.fingerprint, confirmed, self.check)
             self._put_back |= left.put_back if left.passing else {}
         except Cancelled:
@@ -258,6 +256,8 @@ class Sweep:
                 return self._goes_later(row, words, words)
             self._stays(words)
             return row.now(done, f"its files stay: {words}", batch="")
+        if after.NOT_CONFIRMED in left.kept and not asked.has_same_targets(self.source, parameters):
+            return None  # they were edited meanwhile, and nobody would send it to those, nor let it go
         if left.passing:  # with its fingerprint, and its list, as they were: what has gone counts when all is done
             return self._goes_later(row, left.words, left.failed)
         if left.failed:
@@ -288,27 +288,6 @@ class Sweep:
             return {one.key: one for one in unitlist.read(unitlist.place(self.home, self.source.name, mark))}
         except DispatchError:
             return {}
-
-    def _confirmed(
-        self, unit: ListedUnit, study: Mapping[str, Any], parameters: Mapping[str, Any]
-    ) -> Callable[[FileFacts], bool]:
-        """Return what says whether every target has confirmed a file, at the level that it demands.
-
-        These are the targets that it was sent to, and those that its source has now.
-        """
-        held = []
-        origin = asked.origin_of(parameters)
-        names = {*self.source.targets, *parameters.get("targets", ()), *study.get("targets", ())}
-        for name in {split(one)[1] for one in names}:
-            target, receipt = self.targets.get(name), study.get("targets", {}).get(name)
-            if target is None or receipt is None or receipt["state"] != State.DELIVERED:
-                return lambda one: False
-            if LEVELS.index(Level(receipt["verified"])) < LEVELS.index(target.verify):
-                return lambda one: False
-            what = str(study["dispatch_id"]), name, target.endpoint_for(origin)
-            held.append(self.ledger.arrived(*what, own_place=is_own_place(target, DRIVERS.of(target).facts)))
-        shown = after.shown_in(unit)
-        return lambda one: bool(held) and all(after.holds(there.get(shown(one.path)), one) for there in held)
 
     # ---- what is there
 

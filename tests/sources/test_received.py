@@ -25,7 +25,7 @@ from tasks.sources.units import units
 from tests.protocols.intake import listening
 from tests.protocols.test_dimse_intake import associated, stored
 from tests.sources.bench import Bench
-from transfer.errors import Misconfigured
+from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.plan import Origin
 from transfer.spool import ReceivedUnit, Spool
@@ -236,6 +236,46 @@ def test_what_a_target_does_not_take_stays(bench: Bench) -> None:
     bench.all()
     assert path.is_file() and set(bench.states().values()) == {"failed"} and kept(bench, "archive") == 1
     assert not bench.sweep().runs, "it is not tried again and again"
+
+
+def test_nothing_is_left_of_what_was_under_way_when_a_target_was_added(bench: Bench) -> None:
+    receive(bench)
+    bench.sweep()
+    bench.source = router(targets=["archive", "pacs"])
+    bench.dispatch()
+    for _ in range(2):
+        bench.all()
+    assert (kept(bench, "archive"), kept(bench, "pacs")) == (1, 1) and list(spool(bench).folder.iterdir()) == []
+
+
+def test_what_stays_in_the_folder_of_a_listener_is_dispatched_again_when_somebody_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive(bench)
+    bench.sweep()
+    bench.dispatch()
+    archive = bench.targets["archive"]
+    bench.targets["archive"] = bench.target("archive", verify="proven")  # asked for after it was sent
+    for _ in range(2):
+        assert not bench.sweep().runs
+    assert set(bench.states().values()) == {"done"} and len(list(spool(bench).folder.iterdir())) == 1
+    bench.targets["archive"] = archive
+
+    async def loaded(*_: Any) -> DicomSource:
+        return cast(DicomSource, bench.source)
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(sources, "load_source", loaded)
+    monkeypatch.setattr(sources.batches, "start", nothing)
+    office = Office(cast("Any", object()), bench.home)
+    done = asyncio.run(sources.retry_source(office, "box"))
+    assert done["action"] == "1 unit is dispatched again"
+    bench.all()
+    assert list(spool(bench).folder.iterdir()) == [] and kept(bench, "archive") == 1
+    with pytest.raises(NotFound, match="no unit has failed, is held, or has files that stay"):
+        asyncio.run(sources.retry_source(office, "box"))
 
 
 def test_what_comes_late_is_dispatched_too(bench: Bench) -> None:

@@ -305,7 +305,7 @@ def test_a_target_that_verified_less_than_it_should_keeps_the_files(bench: Bench
     assert names(bench.inbox) and "not confirmed by every target" in row.detail
 
 
-@pytest.mark.parametrize("edit", ["content", "times", "replaced", "elsewhere", "another"])
+@pytest.mark.parametrize("edit", ["content", "times", "replaced", "elsewhere"])
 def test_what_was_edited_after_it_was_sent_stays(bench: Bench, edit: str) -> None:
     bench.source = bench.named(after="delete")
     (path,) = material.ct(bench.inbox / "s", 1)
@@ -323,9 +323,6 @@ def test_what_was_edited_after_it_was_sent_stays(bench: Bench, edit: str) -> Non
             path.with_suffix(".new").rename(path)
         case "elsewhere":
             bench.targets["shelf"] = bench.target("shelf", folder=str(bench.folder / "sent"))
-        case "another":
-            bench.targets["cloud"] = bench.target("cloud")
-            bench.source = bench.named(after="delete")
     bench.sweep()
     assert path.exists()
     assert f"1 file stays ({path.name}): " in bench.rows()["s"].detail
@@ -672,10 +669,36 @@ def test_what_a_kill_left_under_our_name_gets_its_own_again(
         case "leave":
             bench.source = bench.named()
     bench.sweep()
-    assert names(bench.inbox) == {f"s/{path.name}"} and bench.states() == {"s": "done"}
+    assert names(bench.inbox) == {f"s/{path.name}"}
+    if change == "target":
+        assert [asked["targets"] for asked in bench.asked.values()] == [["shelf", "cloud"]]
+        return
+    assert bench.states() == {"s": "done"}
     assert bench.rows()["s"].detail == (
         "" if change == "leave" else f"1 file stays ({path.name}): not confirmed by every target"
     )
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+@pytest.mark.parametrize(("first", "then"), [(["one"], ["one", "two"]), (["one"], ["two"]), (["one", "two"], ["one"])])
+def test_what_is_under_way_when_its_source_gets_other_targets_goes_to_those_as_well(
+    tmp_path: Path, unit: str, first: list[str], then: list[str]
+) -> None:
+    """It stayed for good, as nobody would send it to the new one, or hear from one that was removed."""
+    bench = Bench(tmp_path, "one", "two")
+    bench.source = bench.named(after="delete", unit=unit, targets=first, late="resend")
+    material.ct(bench.inbox / "s", 2)
+    bench.sweep()
+    bench.source = bench.named(after="delete", unit=unit, targets=then, late="resend")
+    bench.dispatch()
+    if len(first) == 2:
+        del bench.targets["two"]
+    bench.sweep()
+    (asked,) = bench.asked.values()
+    assert asked["targets"] == then and not asked["force"]
+    bench.dispatch()
+    assert bench.sweep().words == "1 done" and not names(bench.inbox) and not bench.asked
+    assert [delivered(bench, name) for name in bench.targets] == [2] * len(bench.targets)
 
 
 def test_what_stays_is_named_as_far_as_people_read() -> None:
