@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     )
     scp_host: str = Field(default="", description="Address that the Storage SCP listens on; empty for all.")
     spool_limit: int = Field(
-        default=20 << 30, ge=1 << 20, description="Bytes that a retrieval keeps between fetching and sending."
+        default=20 << 30, ge=1 << 20, description="Bytes that each retrieval keeps between fetching and sending."
     )
     upload_limit: int = Field(
         default=50 << 30, ge=1 << 20, description="Bytes of one upload through the pages, unpacked."

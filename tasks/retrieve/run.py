@@ -37,7 +37,7 @@ from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.moving import SPOOL, is_moved, leave, move_into, reach_into
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, sentence, state_of
-from tasks.retrieve.room import Room
+from tasks.retrieve.room import NO_ROOM, SHORT_S, Room, drop_one
 from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
 from tasks.targets import UNKNOWN, check_destination, check_origin, check_source, load, origin_of
@@ -75,7 +75,7 @@ class Retrieval:
         self.job.spool = str(inside or self.job.spool)
         self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / SPOOL  # holds one for each study that has been fetched and not handed on
-        self._room_for = Room(self._folders)
+        self._room_for = Room(self._folders, None if inside else home.root)
         self._senders = asyncio.Semaphore(at_once)
         self._handing_on: dict[str, asyncio.Task[None]] = {}  # by study
         self._turn = Turn(source, flow_run_id, self.job, home, wish.priority)
@@ -177,7 +177,7 @@ class Retrieval:
                 await self._turn.give_back()
                 if others and others <= set(self._handing_on.values()):  # none of them has ended meanwhile
                     await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
-                elif not others and not self._drop():
+                elif not others and not drop_one(self.job, self._folder):
                     self._full = exc.message
 
     def _stopped(self) -> bool:
@@ -227,26 +227,19 @@ class Retrieval:
         """Wait until there is room for a study, beside what is here of it: fetching waits for sending.
 
         Returns:
-            False if what fills it waits for a target.
+            False if what fills it waits for a target, or is not ours.
         """
         while self._room_for.is_full(self._folder(study)) and not self._stopped():
-            if not self._handing_on:
-                if not self._drop():
-                    # Else it is filled by what an earlier run left of others, whose turn comes.
-                    return not any(one.stage is Stage.WHOLE for one in self.job.studies.values())
-                continue
-            await self._one_is_handed_on()
+            if self._handing_on:
+                await self._one_is_handed_on()
+            elif drop_one(self.job, self._folder):
+                pass
+            elif self._room_for.is_short():
+                self._wait_for(NO_ROOM, datetime.now(UTC) + timedelta(seconds=SHORT_S), soon=True)
+                return False
+            else:  # where no study waits for a target, an earlier run has left others, whose turn comes
+                return not any(one.stage is Stage.WHOLE for one in self.job.studies.values())
         return True
-
-    def _drop(self) -> bool:
-        """Delete the files of one failed study, to make room; a retry then fetches them again."""
-        for one in self.job.studies.values():
-            folder = self._folder(one)
-            if one.stage in (Stage.FAILED, Stage.PARTIAL) and size_of(folder)[0]:
-                discard(folder)
-                one.dispatch = ""
-                return True
-        return False
 
     async def _pace(self) -> bool:
         """Keep to the number of studies per hour.

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import shutil
 import threading
 import time
@@ -667,6 +668,27 @@ def test_fetching_goes_on_when_what_is_sent_on_has_made_room(
         asyncio.run(one.run())
         assert set(stages(one).values()) == {Stage.DELIVERED}
         assert 0xA700 in peer.store_answers
+
+
+@pytest.mark.mounts
+@pytest.mark.parametrize("more", [0, ONE_AND_A_HALF * 2 // 3], ids=["at first", "midway"])
+def test_what_others_have_filled_of_the_state_directory_s_disk_is_waited_for(
+    more: int, disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of several retrievals may keep twenty gigabytes; where they had filled the disk, nothing went on."""
+    root = disk("size=4m")
+    monkeypatch.setenv("TALARIA_HOME", str(root / "home"))
+    with (root / "other").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, (4 << 20) - (4 << 20) // 20 - more)
+    with archive(in_three_series("S1")) as peer:
+        one = made(peer, numbers="S1", source_fields={"concurrency": 1})
+        asyncio.run(asyncio.wait_for(one.run(), 60))
+        assert stages(one) == {"S1": Stage.FOUND} and len(peer.asked(GET)) in ((1, 2) if more else (0,))
+        assert [wait.what for wait in one.waits] == ["room in the state directory"] and not one.job.error
+        (root / "other").unlink()
+        later = made(peer, numbers="S1", source_fields={"concurrency": 1})
+        asyncio.run(asyncio.wait_for(later.run(), 60))
+        assert stages(later) == {"S1": Stage.DELIVERED} and len(peer.asked(GET)) == 3
 
 
 @pytest.mark.mounts
