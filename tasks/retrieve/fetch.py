@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prefect.logging import get_run_logger
 
@@ -123,11 +124,9 @@ class Fetcher:
 
     # ---- find
 
-    def find(self, accessions: list[str]) -> list[Match]:
-        """Return the studies with these accession numbers or, without any, those that the filters find."""
-        query = self.filters
-        if accessions:
-            query = Query(**{**self.filters.__dict__, "AccessionNumber": tuple(accessions)})
+    def find(self, **keys: Any) -> list[Match]:
+        """Return the studies that the filters find, with these keys besides, or in place of theirs."""
+        query = replace(self.filters, **keys)
         find = self.driver.find
         assert find is not None  # noqa: S101 - `check_source` has seen it
         found: list[Match] = []
@@ -166,15 +165,16 @@ class Fetcher:
         try:
             if at_once:
                 with self.quiet.errors():
-                    found = self.find(batch)
+                    found = self.find(AccessionNumber=tuple(batch))
             else:
-                found = self.patiently(lambda: self.find(batch))
+                found = self.patiently(lambda: self.find(AccessionNumber=tuple(batch)))
         except Cancelled:
             raise
         except DispatchError as exc:
             if exc.retryable and self.paused.is_set():
                 raise Cancelled("the retrieval is paused") from exc  # and goes on with them when it is resumed
-            if len(batch) == 1 or self._fails_whole(batch, exc):
+            each = [{"AccessionNumber": (number,)} for number in batch]
+            if len(batch) == 1 or self._fails_whole(each, exc):
                 if at_once and exc.retryable and len(batch) > 1:
                     self._find(batch)  # it has nothing to do with the numbers: it may pass
                     return
@@ -200,17 +200,17 @@ class Fetcher:
         known = set(batch)
         self.job.pending = [number for number in self.job.pending if number not in known]
 
-    def _fails_whole(self, batch: list[str], exc: DispatchError) -> bool:
-        """Return True if it is not some numbers, but the source that fails."""
+    def _fails_whole(self, each: list[dict[str, Any]], exc: DispatchError) -> bool:
+        """Return True if it is not some of these searches, but the source that fails."""
         if isinstance(exc, (*FOR_ALL, Unreachable)):
             return True
-        some = dict.fromkeys((batch[0], batch[-1], batch[len(batch) // 2]))
-        return all(self._fails_alike(number, exc) for number in some)
+        some = sorted({0, len(each) // 2, len(each) - 1})
+        return all(self._fails_alike(each[at], exc) for at in some)
 
-    def _fails_alike(self, number: str, exc: DispatchError) -> bool:
+    def _fails_alike(self, keys: dict[str, Any], exc: DispatchError) -> bool:
         try:
             with self.quiet.errors():
-                self.find([number])
+                self.find(**keys)
         except Cancelled:
             raise
         except DispatchError as other:
@@ -219,23 +219,54 @@ class Fetcher:
 
     def search(self) -> None:
         """Find studies by the other keys than accession numbers."""
-        found = self.patiently(lambda: self.find([]))
+        uids, failed = list(dict.fromkeys(listed(self.filters.StudyInstanceUID))), dict[str, str]()
+        try:
+            found = self.patiently(self.find)
+        except Cancelled:
+            raise
+        except DispatchError as exc:
+            if len(uids) < 2 or self._fails_whole([{"StudyInstanceUID": uid} for uid in uids], exc):
+                raise
+            found, failed = self._each(uids)
         self._take(found)
-        seen = {match.StudyInstanceUID for match in found}
-        unseen = [uid for uid in dict.fromkeys(listed(self.filters.StudyInstanceUID)) if uid not in seen]
+        self.job.studies |= {
+            uid: Study(uid, stage=Stage.FAILED, reason=why)
+            for uid, why in failed.items()
+            if uid not in self.job.studies
+        }
+        seen = {match.StudyInstanceUID for match in found} | set(failed)
+        unseen = [uid for uid in uids if uid not in seen]
         self.job.unknown = [uid for uid in unseen if not self._may_be_there(uid)]
         if self.unread:  # it is not known what there is
             self.job.error = self.unread
             return
-        self.job.searched = True
+        self.job.searched = not failed
         self.job.save()
+
+    def _each(self, uids: list[str]) -> tuple[list[Match], dict[str, str]]:
+        """Return the studies that are found, and why the search for others failed: it must not take all with it."""
+        found, failed, unread = list[Match](), dict[str, str](), ("", frozenset[str]())
+        for uid in uids:
+            try:
+                with self.quiet.errors():
+                    found += self.find(StudyInstanceUID=uid)
+            except Cancelled:
+                raise
+            except DispatchError as exc:
+                if isinstance(exc, (*FOR_ALL, Unreachable)):
+                    raise
+                failed[uid] = exc.message
+            unread = (self.unread, self.unread_about) if self.unread else unread
+        self.unread, self.unread_about = unread
+        return found, failed
 
     def _take(self, found: list[Match]) -> None:
         whole = not series_tests(self.filters)
         for match in found:
             uid = match.StudyInstanceUID
             number = next(iter(_numbers(match)), "")
-            if uid and uid not in self.job.studies:
+            known = self.job.studies.get(uid)
+            if uid and (known is None or (number and known.stage is Stage.FOUND and not known.accession)):
                 self.job.studies[uid] = Study(uid, number, announced=(match.instances or 0) if whole else 0)
 
     # ---- fetch

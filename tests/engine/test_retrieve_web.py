@@ -11,6 +11,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from imaging.query import Query
 from protocols.dicomweb import client
 from talaria.testing import studies
 from tasks.dispatch import running
@@ -56,8 +57,8 @@ async def delivered(paths: list[str], targets: list[str], **_: Any) -> State[Any
     return Completed()
 
 
-def retrieved(server: Scripted) -> Retrieval:
-    wish = Wish("src", targets=("archive",), accessions=" ".join(NUMBERS))
+def retrieved(server: Scripted, **keys: Any) -> Retrieval:
+    wish = Wish("src", targets=("archive",), **({"accessions": " ".join(NUMBERS)} | keys))
     source = dicomweb_target(
         server.url, direction="query", http_user="lab", http_password="secret-77", max_attempts=2, retry_delay_s=0
     )
@@ -127,6 +128,29 @@ def test_a_number_at_which_a_search_fails_fails_alone(
     one = retrieved(server)
     assert {study.accession for study in one.job.studies.values()} == set(NUMBERS) - bad
     assert set(one.job.failed) == bad and all(str(status) in why for why in one.job.failed.values())
+
+
+@pytest.mark.parametrize("bad", [{"1"}, {"10"}, {"3", "4"}])
+def test_a_study_at_which_a_search_fails_fails_alone_and_is_fetched_by_a_retry(server: Scripted, bad: set[str]) -> None:
+    """As of a list of studies that were chosen on our pages."""
+    usual = server._usual
+    refusing(server, 500, lambda number: number in bad)
+    uids = [f"1.2.3.{number[1:]}" for number in NUMBERS]
+    wish = {"accessions": "", "filters": Query(StudyInstanceUID=",".join(uids))}
+    found = retrieved(server, **wish).job
+    assert {study.study for study in found.studies.values() if study.stage is Stage.DELIVERED} == {
+        uid for uid in uids if uid.rpartition(".")[2] not in bad
+    }
+    failed = [study for study in found.studies.values() if study.stage is Stage.FAILED]
+    assert {study.study.rpartition(".")[2] for study in failed} == bad and all("500" in one.reason for one in failed)
+    assert not found.error and not found.unknown
+    server._usual = usual  # type: ignore[method-assign]
+    found.ended = True
+    found.save()
+    again = retrieved(server, **wish).job.studies.values()
+    assert {study.accession for study in again} == set(NUMBERS) and {study.stage for study in again} == {
+        Stage.DELIVERED
+    }
 
 
 @pytest.mark.parametrize("reply", [Reply(401), Reply(500), Reply(resets=True)], ids=["401", "500", "reset"])
