@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -206,6 +206,7 @@ class PushReport:
         cancelled: set to stop the push.
         pausing: set to end a retrieval after the current series. With `cancelled`: somebody will go on
             with what has come, so a push keeps what it has begun.
+        between: set to stop the push between items: those that are under way come to their end first.
         moved: called with each count of bytes that went out, for progress.
         unanswered: how often items, by path, were sent in this run without an answer; outlives an attempt. If such an
             item is found at the target, it counts as delivered, not as already there.
@@ -224,6 +225,7 @@ class PushReport:
         put_off: dict[str, str] | None = None,
         tries: Counter[str] | None = None,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
+        between: threading.Event | None = None,
     ) -> None:
         self.put_off: dict[str, str] = {} if put_off is None else put_off
         self.unanswered: Counter[str] = Counter() if unanswered is None else unanswered
@@ -234,6 +236,7 @@ class PushReport:
         self._begun = time.monotonic()
         self.cancelled = cancelled or threading.Event()
         self.pausing = pausing or threading.Event()
+        self._between, self._thread = between or threading.Event(), threading.local()
         self.outcomes: dict[str, Outcome] = {}
         self.revoked: set[str] = set()  # paths of what had been confirmed, and is not there
 
@@ -275,8 +278,25 @@ class PushReport:
 
     def check(self) -> None:
         """Raise Cancelled if the dispatch is to stop; call this between items and between pieces of large ones."""
-        if self.cancelled.is_set():
+        if self.cancelled.is_set() or (self.begins_no_more and not getattr(self._thread, "under_way", False)):
             raise Cancelled(f"the dispatch was {'paused' if self.pausing.is_set() else 'cancelled'}")
+
+    @property
+    def begins_no_more(self) -> bool:
+        """Whether no other item is to be begun; those that are under way come to their end."""
+        return self._between.is_set()
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Let items that this thread sends come to their end, also where no other one is to be begun.
+
+        What can be gone on with at the byte where it was left, or is seen by nobody until it is whole, needs no end.
+        """
+        self._thread.under_way = True
+        try:
+            yield
+        finally:
+            self._thread.under_way = False
 
     def receipt(
         self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()

@@ -158,7 +158,9 @@ class StowPush:
         while (batch := self._next()) is not None:
             again: list[Batch] = []
             try:
-                again = self._send(batch, buffer)
+                self.report.check()
+                with self.report.under_way():
+                    again = self._send(batch, buffer)
             except BaseException:
                 self._failed = True
                 raise
@@ -183,7 +185,6 @@ class StowPush:
 
     def _send(self, batch: Batch, buffer: bytearray) -> list[Batch]:
         """Send one batch and report the outcomes; return the batches to send again."""
-        self.report.check()
         while True:
             body = StowBody(batch.items, self.plan, buffer, self._throttle.piece, self._pace, self.report.moved)
             if self._ceiling is not None and body.length > self._ceiling and len(batch.items) > 1:

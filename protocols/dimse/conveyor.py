@@ -86,7 +86,7 @@ class Conveyor:
         """
         sender = Sender(self.association, self.fleet.throttle, self.report.moved, self._check)
         try:
-            with sender:
+            with sender, self.report.under_way():
                 self._carry(sender)
                 sender.release()
         except Changed:
@@ -110,7 +110,7 @@ class Conveyor:
 
     def _carry(self, sender: Sender) -> None:
         try:
-            while self._lasts() and (item := self.take()) is not None:
+            while not self.report.begins_no_more and self._lasts() and (item := self.take()) is not None:
                 self.taken += 1
                 self.report.check()
                 self._send(sender, item)

@@ -218,6 +218,7 @@ class Fleet:
         empty = 0
         try:
             while len(self.backlog) and not self.backlog.stopped:
+                self.report.check()
                 association = self._first() if first else self._another(patient=not further)
                 if association is None:
                     return
@@ -324,6 +325,7 @@ class Fleet:
         empty = 0
         while to_try := deque(self._judged()):
             while to_try:
+                self.report.check()
                 association = self._another(patient=True)
                 if association is None:
                     return

@@ -221,6 +221,7 @@ def sending(
     told: Callable[[Sent, Item, Outcome], None] = lambda sent, item, outcome: None,
     moved: Callable[[Sent, int], None] = lambda sent, count: None,
     cancelled: threading.Event | None = None,
+    paused: threading.Event | None = None,
     folder: Path | None = None,
 ) -> Iterator[HarnessDispatch]:
     """Begin a dispatch to one target.
@@ -232,12 +233,14 @@ def sending(
         told: called with each outcome, in whichever thread the driver reports it.
         moved: called with each count of bytes, likewise.
         cancelled: set to stop the push.
+        paused: set to stop it after the items under way.
     """
     plan = scan([source]) if isinstance(source, Path) else source
     with TemporaryDirectory(prefix="talaria-home-") as new:
         home = Home(folder or Path(new))
         with _WatchedLedger(home.ledger) as ledger:
-            delivery = _WatchedDelivery(DRIVERS.of(target), target, plan, ledger, home, cancelled or threading.Event())
+            what = DRIVERS.of(target), target, plan, ledger, home, cancelled or threading.Event()
+            delivery = _WatchedDelivery(*what, paused=paused)
             there = dict(done) if isinstance(done, Mapping) else dict.fromkeys(done, DELIVERED)
             for item in delivery.plan.items:
                 if item.path in there:

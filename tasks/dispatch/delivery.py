@@ -73,7 +73,7 @@ class Delivery:
         unit: what its progress counts.
 
     Args:
-        paused: set before `cancelled`, if what has arrived is to be continued later.
+        paused: set to stop after the items under way, if what has arrived is to be continued later.
         force: whether to forget first what the ledger knows.
     """
 
@@ -121,7 +121,8 @@ class Delivery:
         self._begun: float | None = None  # when the first attempt began, in monotonic seconds
         self._ended = 0.0  # when the last step ended
         self._force = force
-        self.known = Known(ledger, self.key, target, driver.facts, self.plan, PushReport(cancelled=cancelled).check)
+        self.check = PushReport(cancelled=cancelled, pausing=paused, between=paused).check
+        self.known = Known(ledger, self.key, target, driver.facts, self.plan, self.check)
         self._ran = RanFolders(ledger, *self.key)
         self._folders: dict[str, str] = {}  # by path, where there is a script
         self._changed: set[str] = set()  # folders into which something has come
@@ -145,7 +146,7 @@ class Delivery:
         plan, progress = self.plan, self.progress
         mark = progress.done, progress.moved
         try:
-            with self._alone("push", PushReport(cancelled=self.cancelled).check):
+            with self._alone("push", self.check):
                 if self._before is None:
                     self._since = self.ledger.now()
                     self._begin()
@@ -160,16 +161,8 @@ class Delivery:
                 # Rejected in this run: not at the target, but not sent again either.
                 reported = ((item.path, self._reported.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in reported if outcome and not outcome.arrived}
-                report = PushReport(
-                    self._record,
-                    self.cancelled,
-                    self.moved,
-                    self._unanswered,
-                    self.paused,
-                    self._put_off,
-                    self._tries,
-                    self.ledger.together,
-                )
+                kept = self._unanswered, self.paused, self._put_off, self._tries
+                report = PushReport(self._record, self.cancelled, self.moved, *kept, self.ledger.together, self.paused)
                 report.check()
                 with self.ledger.together():
                     for item in self.refused:
@@ -307,7 +300,7 @@ class Delivery:
         """
         if self.driver.hook is None:
             raise TypeError(f"targets of type {self.target.type_name} have no hook")
-        report = PushReport(cancelled=self.cancelled)
+        report = PushReport(cancelled=self.cancelled, pausing=self.paused, between=self.paused)
         try:
             with self._alone("hook", report.check):
                 if not self._hook_is_done():

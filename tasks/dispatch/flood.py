@@ -143,6 +143,7 @@ class Flood(Delivery):
         Raises:
             DispatchError: the target is to blame, or the run was stopped.
         """
+        self.check()
         with ExitStack() as stack:
             try:
                 plan = stack.enter_context(self.studies.staged(study))
@@ -279,6 +280,7 @@ class Flood(Delivery):
         studies = [study for study in self.studies.all if study.name in self._open_hooks]
         try:
             for study in () if first else studies:
+                self.check()
                 try:
                     with self.studies.staged(study) as plan:
                         self._hook_again(study, self._delivery(study, plan))

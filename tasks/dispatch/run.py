@@ -214,6 +214,8 @@ class Dispatch:
                 await asyncio.gather(*(self._deliver(delivery) for delivery in self.deliveries))
             finally:
                 await naming
+            if self.paused.is_set():
+                self.cancelled.set()
             if self.cancelled.is_set():  # a paused one goes on when it is resumed, as one does whose process ends
                 self.left = not self.paused.is_set() and await is_left(self.flow_run_id)
                 for delivery in filter(lambda one: one.stopped, self.deliveries):
@@ -261,26 +263,26 @@ class Dispatch:
         try:
             # Once a push has begun, its own retries decide; before, a server that is away is waited for.
             if not delivery.hook_tries or not delivery.wants_hook:  # else everything has arrived in an earlier part
-                await self._stoppable(
+                await self._pausable(
                     patiently(lambda: self._push(delivery), lambda: delivery.attempts > began),
                     # It waits for a slot of the target, or for its next attempt: no driver is at work.
                     idle=lambda: delivery.attempts == began or delivery.error is not None,
                 )
             if delivery.wants_hook and not delivery.beside:
-                await self._stoppable(hook_task(delivery)(delivery))
-            if delivery.beside and not self.cancelled.is_set():
+                await stoppable(hook_task(delivery)(delivery), lambda: self._stops)
+            if delivery.beside and not self._stops:
                 self.looks.wait_for_the_same(delivery)
         except NoSlot:
             delivery.stopped = State.WAITING
             self.looks.stand_in_line(target)
         except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
-            if delivery.again and not self.cancelled.is_set():
+            if delivery.again and not self._stops:
                 delivery.stopped = State.WAITING
                 self.looks.waits[target.name] = rest.next_attempt(
                     target.name, delivery.again.timestamp(), delivery.hook_tries
                 )
                 return
-            if isinstance(exc, LedgerAway) and line.may_rest() and not self.cancelled.is_set():
+            if isinstance(exc, LedgerAway) and line.may_rest() and not self._stops:
                 delivery.stopped, self.looks.waits[target.name] = State.WAITING, rest.for_the_ledger(exc)
                 return
             whole = is_outage(exc) and delivery.receipt().state is State.DELIVERED
@@ -290,9 +292,9 @@ class Dispatch:
                 logger.exception("%s: unexpected error", target.name)
                 delivery.error = failure_of(exc, target.name)
         except asyncio.CancelledError:
-            if not self.cancelled.is_set():
+            if not self._stops:
                 raise
-        if self.cancelled.is_set() and delivery.receipt().unsent:  # what came stays
+        if self._stops and delivery.receipt().unsent:  # what came stays
             delivery.stopped = State.CANCELLED
             delivery.ends()
 
@@ -307,6 +309,18 @@ class Dispatch:
                 await push_task(delivery)(delivery)
             finally:
                 await begun
+
+    @property
+    def _stops(self) -> bool:
+        return self.cancelled.is_set() or self.paused.is_set()
+
+    async def _pausable(self, work: Awaitable[R], idle: Callable[[], bool]) -> R:
+        """Wait for a push; when the run is paused, until the items under way are sent: they would be sent again."""
+
+        def stops() -> bool:
+            return self.cancelled.is_set() or (self.paused.is_set() and idle())
+
+        return await stoppable(work, stops, lambda: 0.0 if idle() else GRACE_S)
 
     async def _stoppable(self, work: Awaitable[R], idle: Callable[[], bool] = lambda: False) -> R:
         """Wait for work; when the run is cancelled, let the work stop by itself, or cancel it if it is idle."""

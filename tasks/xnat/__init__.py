@@ -259,7 +259,8 @@ class _Push:
             with classified(name.hidden):
                 self._importer.deliver(study, name)
         except Cancelled:
-            if not self._stop.is_set() or self._importer.report.cancelled.is_set():
+            report = self._importer.report
+            if not self._stop.is_set() or report.begins_no_more or report.cancelled.is_set():
                 raise
         except Retryable as exc:
             if study.pending:

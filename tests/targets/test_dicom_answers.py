@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +24,7 @@ from talaria.testing.process import as_loaded
 from tasks.dicom import driver
 from tests.servers import wire
 from tests.servers.scp import Association, Scp, scp
-from tests.servers.steps import Abort, Accept, Raw, Reject, Script, Silence
+from tests.servers.steps import Abort, Accept, Raw, Reject, Script, Silence, Store
 from tests.servers.wire import Proposal
 from tests.targets.dicom import dicom_target
 from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
@@ -317,3 +318,28 @@ def test_people_are_told_once_of_associations_that_were_not_granted(tmp_path: Pa
         receipt = attempt(target_of(peer), tmp_path / "study").require()
         assert receipt.state is State.DELIVERED
         assert len(receipt.notes) == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_pause_lets_come_to_its_end_what_is_under_way(concurrency: int, tmp_path: Path) -> None:
+    """It was cut off, and went out again when somebody resumed the dispatch."""
+    studies.ct(tmp_path, 24)
+    paused, got = threading.Event(), list[str]()
+
+    def store(store: Store) -> int:
+        got.append(store.SOPInstanceUID)
+        if len(got) >= 3:
+            paused.set()
+        if not goes_on:
+            time.sleep(0.3)  # longer than between two looks whether to stop
+        return 0
+
+    goes_on = False
+    with scp(on_store=store, keep_data=False) as peer:
+        target = dicom_target(peer.port, aet_target=peer.aet, concurrency=concurrency)
+        sent = attempt(target, tmp_path, paused=paused)
+        assert isinstance(sent.error, Cancelled) and "paused" in sent.error.message
+        assert len(got) == len(sent.arrived) < 24
+        goes_on = True
+        assert attempt(target, tmp_path, done=sent.arrived).require().state is State.DELIVERED
+    assert len(got) == len({*got}) == 24

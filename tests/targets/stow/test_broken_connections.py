@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,24 @@ def test_cancel_while_the_server_hangs(server: Scripted, plan: Plan) -> None:
     timer.cancel()
     assert isinstance(sent.error, Cancelled)
     assert sent.seconds < as_loaded(3)
+
+
+def test_a_pause_lets_a_request_come_to_its_end(server: Scripted, plan: Plan) -> None:
+    """It was cut off, and all of its instances went out again when somebody resumed the dispatch."""
+    paused = threading.Event()
+
+    def slow(request: Request) -> Reply | None:
+        paused.set()
+        time.sleep(0.5)  # longer than between two looks whether to stop
+        return None
+
+    server.script = [slow]
+    target = dicomweb_target(server.url, batch_items=4, concurrency=1)
+    sent = attempt(target, plan, paused=paused)
+    assert isinstance(sent.error, Cancelled) and "paused" in sent.error.message
+    assert [uid for one in server.of("POST") for uid in one.uids] == uids(plan)[:4] and len(sent.arrived) == 4
+    assert attempt(target, plan, done=sent.arrived).require().state is State.DELIVERED
+    assert [uid for one in server.of("POST") for uid in one.uids] == uids(plan)
 
 
 def test_other_requests_are_finished_when_one_fails(server: Scripted, plan: Plan) -> None:
