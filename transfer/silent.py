@@ -80,7 +80,7 @@ async def check(paths: Iterable[str], seconds: float) -> None:
 
 async def away(paths: Iterable[str]) -> SourceAway:
     """Wait until the file system of one of some paths, which are being read, has not answered for ANSWER_S."""
-    wanted = list(dict.fromkeys(await asyncio.to_thread(lambda: [_own_place(path) for path in paths])))
+    wanted = await asyncio.to_thread(_own_places, paths)
     while True:
         await asyncio.sleep(BESIDE_S)
         try:
@@ -91,8 +91,15 @@ async def away(paths: Iterable[str]) -> SourceAway:
 
 def _own_place(path: str) -> str:
     """Return where what a path names is mounted; it itself, if that is the root: it may be a link to a share."""
-    path = os.path.abspath(path)
-    return path if (mount := _mount(path)) == "/" else mount
+    return _own_places([path])[0]
+
+
+def _own_places(paths: Iterable[str]) -> list[str]:
+    """Return the places of many paths, each once."""
+    mounts, found = _mounts(), dict[str, None]()
+    for path in map(os.path.abspath, paths):
+        found[path if (mount := _mount(path, mounts)) == "/" else mount] = None
+    return [*found]
 
 
 def _ask(path: str) -> None:
@@ -159,14 +166,18 @@ def _silent_s(path: str) -> float:
 def place(path: str) -> str:
     """Return where what a path names is mounted, as far as its name says that; its folder, if that is the root."""
     path = os.path.abspath(path)
-    return mount if (mount := _mount(path)) != "/" else os.path.dirname(path)
+    return mount if (mount := _mount(path, _mounts())) != "/" else os.path.dirname(path)
 
 
-def _mount(path: str) -> str:
+def _mounts() -> list[str]:
+    """Return where file systems are mounted."""
     with suppress(OSError), open(MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
-        mounts = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[1]) for line in lines]
-        return max((one for one in mounts if _is_below(path, one)), key=len, default="/")
-    return "/"
+        return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[1]) for line in lines]
+    return []
+
+
+def _mount(path: str, mounts: Iterable[str]) -> str:
+    return max((one for one in mounts if _is_below(path, one)), key=len, default="/")
 
 
 def _is_below(path: str, folder: str) -> bool:
