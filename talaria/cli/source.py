@@ -120,7 +120,10 @@ def retry(
     unit: Annotated[str | None, typer.Argument(help="One unit; all that failed or are held by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Have units that failed, or are held, dispatched again."""
+    """Have units that failed, or are held, dispatched again; also what stays of one that was delivered, if it is named.
+
+    Of a DICOM source, all that stays.
+    """
     one = "" if unit is None else given_value("the unit's name", unit)
     with api() as access:
         print_done(access.call("retry_source", name=name, unit=one), as_json)
