@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from talaria.cli import remote
+from talaria.console import say
 from talaria.errors import ServerError
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Access(Protocol):
 
     def link(self, run_id: str) -> str:
         """Return where the UI shows a run, "" if it doesn't."""
+
+
+def say_queued(access: Access) -> None:
+    """Say of what has just been queued that nobody does it yet, if no worker runs."""
+    if access.own:
+        say("queued: it runs as soon as `talaria up` does")
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.access import Access, api
+from talaria.cli.access import Access, api, say_queued
 from talaria.cli.output import Json, given_value, print_json, table
 from talaria.cli.retrieve import finish as finish_retrieval
 from talaria.cli.retrieve import show_result
@@ -32,9 +33,10 @@ def list_(
     if as_json:
         print_json(found)
         return
+    ids = _beginnings([one["id"] for one in found["jobs"]])
     rows = [
         [
-            one["id"],
+            ids[one["id"]],
             one["state"],
             one["dispatch_id"] or (f"from {one['source']}" if one["source"] else ""),
             ", ".join(one["targets"]),
@@ -125,9 +127,18 @@ def resume(
         _go_on(access, access.call("resume_job", job=job), no_wait, as_json)
 
 
+def _beginnings(ids: list[str]) -> dict[str, str]:
+    """Return what stands for each id in a table: its beginning on a terminal, where a whole one would be folded."""
+    length = 36
+    if sys.stdout.isatty():
+        length = next(one for one in range(8, 37) if one == 36 or len({part[:one] for part in ids}) == len(ids))
+    return {one: one[:length] for one in ids}
+
+
 def _go_on(access: Access, done: dict[str, Any], no_wait: bool, as_json: bool) -> None:
     """Follow a job that was queued again to its end, and exit with the code for its result."""
     if no_wait:
+        say_queued(access)
         _done(done, as_json)
     elif done["kind"] == "dispatch":
         finish(access, done["id"], all_items=False, as_json=as_json)

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.access import Access, api
+from talaria.cli.access import Access, api, say_queued
 from talaria.cli.follow import follow
 from talaria.cli.keys import Keys, with_keys
 from talaria.cli.output import DONE, Json, code_of, given_path, print_json, table
-from talaria.console import say
 
 
 def add_to(app: typer.Typer) -> None:
@@ -63,8 +62,7 @@ def retrieve(
         )
         if not no_wait:
             return finish(access, queued["flow_run_id"], as_json=as_json)
-        if access.own:
-            say("queued: it runs as soon as `talaria up` does")
+        say_queued(access)
         if as_json:
             print_json({key: value for key, value in queued.items() if key != "run"})
         else:

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.access import Access, api
+from talaria.cli.access import Access, api, say_queued
 from talaria.cli.follow import follow
 from talaria.cli.output import Json, code_of, given_path, print_json, table
-from talaria.console import say
 from transfer.errors import NotFound
 
 
@@ -38,7 +37,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def send(
-    path: Annotated[list[str], typer.Argument(help="Files and folders to send.", metavar="PATH...")],
+    path: Annotated[list[str], typer.Argument(help="Files and folders to send.", metavar="PATH")],
     to: Annotated[
         list[str], typer.Option("--to", help="Names of targets, separated by commas.", metavar="NAME[,NAME...]")
     ],
@@ -102,8 +101,7 @@ def send(
             planned=no_wait and as_json,
         )
         if no_wait:
-            if access.own:
-                say("queued: it runs as soon as `talaria up` does")
+            say_queued(access)
             if as_json:
                 print_json({key: value for key, value in queued.items() if key != "run"})
             else:

@@ -79,8 +79,11 @@ def status(as_json: Json = False) -> None:
             print(f"worker: {worker['name']} {worker['status'].lower()}, last seen {worker['last_seen']}")
         for name, count in document["queues"].items():
             print(f"queue {name}: {count} waiting")
-        rows = [[t["name"], t["type"], enabled(t), checked(t) or "never"] for t in document["targets"]]
-        table("", ["target", "type", "enabled", "last check"], rows)
+        if server["ok"]:  # else nobody knows which targets there are
+            if not document["workers"]:
+                print("worker: none")
+            rows = [[t["name"], t["type"], enabled(t), checked(t) or "never"] for t in document["targets"]]
+            table("", ["target", "type", "enabled", "last check"], rows)
     raise typer.Exit(DONE if document["server"]["ok"] else NO_SERVER)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.access import api
+from talaria.cli.access import api, say_queued
 from talaria.cli.kinds import add_apply, print_done, print_types, shown, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, given_value, print_json, table
 from talaria.console import say
@@ -111,7 +111,9 @@ def resume(name: Name, as_json: Json = False) -> None:
 def sweep(name: Name, as_json: Json = False) -> None:
     """Look through a source now, whatever its schedule."""
     with api() as access:
-        print_done(access.call("sweep_source", name=name), as_json)
+        done = access.call("sweep_source", name=name)
+        say_queued(access)
+        print_done(done, as_json)
 
 
 @app.command(epilog="Example: talaria source retry inbox")
@@ -126,7 +128,9 @@ def retry(
     """
     one = "" if unit is None else given_value("the unit's name", unit)
     with api() as access:
-        print_done(access.call("retry_source", name=name, unit=one), as_json)
+        done = access.call("retry_source", name=name, unit=one)
+        say_queued(access)
+        print_done(done, as_json)
 
 
 @app.command(epilog="Example: talaria source remove inbox")

@@ -356,7 +356,9 @@ async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, A
     await asyncio.to_thread(_look_now, office, source)
     if source.enabled:
         await batches.start(office.client, source.name, office.user)
-    return {"name": source.name, "action": f"{count} {'unit is' if count == 1 else 'units are'} dispatched again"}
+    when = "" if source.enabled else " when it is resumed"
+    units = f"{count} {'unit is' if count == 1 else 'units are'}"
+    return {"name": source.name, "action": f"{units} dispatched again{when}"}
 
 
 def _look_now(office: Office, source: Source) -> None:

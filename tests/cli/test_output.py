@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import httpx
 import pytest
+import typer
 
+from talaria.cli import jobs, serve, source
 from talaria.cli.follow import clock, size, words_of
 from talaria.cli.kinds import shown
 from talaria.cli.output import _width, exit_code_of, table
@@ -75,3 +80,58 @@ def test_an_error_that_says_nothing_is_named(capsys: pytest.CaptureFixture[str])
     """Seen: `the Prefect server did not answer as expected:`, and nothing behind it."""
     assert exit_code_of(httpx.ReadTimeout("")) == 3
     assert capsys.readouterr().err == "talaria: the Prefect server did not answer as expected: ReadTimeout\n"
+
+
+class Alone:
+    """Access without a server, as a command has it that starts one for its own duration."""
+
+    own = True
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+
+    def call(self, operation: str, **_: Any) -> Any:
+        return self.answers[operation]
+
+
+@pytest.mark.parametrize(("command", "operation"), [(source.sweep, "sweep_source"), (source.retry, "retry_source")])
+def test_a_sweep_that_nobody_begins_is_said_to_be_queued(
+    command: Callable[..., None], operation: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said "swept", and nothing was looked through before somebody started `talaria up`."""
+    access = Alone(**{operation: {"name": "inbox", "action": "done"}})
+    monkeypatch.setattr(source, "api", lambda: nullcontext(access))
+    command("inbox")
+    said = capsys.readouterr()
+    assert said.out == "inbox: done\n" and said.err == "queued: it runs as soon as `talaria up` does\n"
+
+
+@pytest.mark.parametrize("same", [0, 9])
+def test_ids_are_short_on_a_terminal_and_still_name_one_job(
+    same: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 80 columns an id was folded into three lines, of which nobody could copy it."""
+    ids = ["3f2a0000-0000-4000-8000-000000000001", "3f2a0000-0000-4000-8000-000000000001"[:same] + "7" * (36 - same)]
+    line = {"state": "Completed", "dispatch_id": "d" * 20, "source": "", "targets": ["pacs"], "begun": None}
+    access = Alone(list_jobs={"jobs": [line | {"id": one} for one in ids]})
+    monkeypatch.setattr(jobs, "api", lambda: nullcontext(access))
+    jobs.list_(limit=50, failed=False, as_json=False)
+    assert all(one in capsys.readouterr().out for one in ids[:1])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    jobs.list_(limit=50, failed=False, as_json=False)
+    shown = [row.split("│")[1].strip() for row in capsys.readouterr().out.splitlines() if row.startswith("│ ")]
+    assert shown == [one[: max(8, same + 1)] for one in ids]
+
+
+def test_status_shows_no_targets_where_no_server_says_which_there_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away: dict[str, Any] = {"server": {"ok": False, "url": None}, "workers": [], "queues": {}, "targets": []}
+    monkeypatch.setattr(serve, "_status", lambda: dict(away))
+    with pytest.raises(typer.Exit):
+        serve.status()
+    assert capsys.readouterr().out == "server: not running\n"
+    monkeypatch.setattr(serve, "_status", lambda: away | {"server": {"ok": True, "url": "u"}})
+    with pytest.raises(typer.Exit):
+        serve.status()
+    assert capsys.readouterr().out.startswith("server: ok u\nworker: none\n")
