@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import struct
 
-from imaging.header import BEGINNING_BYTES, EXPLICIT_LITTLE, IMPLICIT_LITTLE, MAX_UID_CHARS, UID, Header, Shared
+from imaging.header import (
+    BEGINNING_BYTES,
+    EXPLICIT_LITTLE,
+    IMPLICIT_LITTLE,
+    MAX_UID_CHARS,
+    UID,
+    Header,
+    Shared,
+    plain_text,
+)
 
 HEAD_BYTES = 16_384  # of a data set, in which what stands before the pixels ends
 SHIFT = 64  # bytes by which the header of an instance is longer or shorter than that of the one before
@@ -116,7 +125,7 @@ def _first(head: bytes, element: bytes, begin: int, end: int) -> tuple[str, int,
         length = head[at + 6] | head[at + 7] << 8 if len(element) == 6 else _NUMBER.unpack_from(head, at + 4)[0]
         after = at + 8 + length
         if length <= MAX_UID_CHARS and after <= end:
-            value = head[at + 8 : after].rstrip(b"\0 ").decode("latin-1")
+            value = plain_text(head[at + 8 : after])
             if UID.fullmatch(value):
                 return value, at, after
         begin = at + 2  # without VRs, a tag's bytes may also be those of a length

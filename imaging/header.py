@@ -376,8 +376,11 @@ def inflated_limit(size: int) -> int:
 
 
 def plain_text(raw: bytes) -> str:
-    """Return a value of ASCII, or what stands for one, without its padding."""
-    return raw.rstrip(b"\0 ").decode("latin-1").strip()
+    """Return a value of ASCII, or what stands for one, without its padding: what is behind a NUL is none of it.
+
+    So programs in C read it, most of which wrote such; no database, name of a file or request has a NUL in it.
+    """
+    return raw.partition(b"\0")[0].decode("latin-1").strip()
 
 
 # What the files of a study have in common is decoded once, and kept in memory once.
@@ -387,7 +390,7 @@ _common_number = lru_cache(maxsize=256)(int)
 
 @lru_cache(maxsize=256)
 def _common_decoded(raw: bytes, charset: bytes) -> str:
-    return decoded(raw, charset).strip("\0 ")
+    return decoded(raw, charset).partition("\0")[0].strip(" ")
 
 
 def _header(found: dict[int, bytes], syntax: str, offset: int, *, part10: bool, explicit: bool, odd: bool) -> Header:

@@ -77,7 +77,7 @@ class CommandSet(dict[int, bytes]):
 
     def uid(self, element: int) -> str:
         """Return the value of an element of VR UI, valid or not."""
-        return self.get(element, b"").rstrip(b"\0 ").decode("ascii", "replace")
+        return self.get(element, b"").partition(b"\0")[0].rstrip(b" ").decode("ascii", "replace")
 
     def text(self, element: int) -> str:
         """Return the value of an element as text without padding."""

@@ -17,7 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from imaging.header import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, Damaged, Header, NotDicom, read_header
 from talaria.testing import studies
-from tests.imaging.encoded import header_of, opened
+from tests.imaging.encoded import element, header_of, opened, part10
 
 FILES = sorted(
     path
@@ -236,6 +236,15 @@ def test_the_position_of_the_file_stays() -> None:
 def test_damaged_files_say_why(tmp_path: Path, kind: str, reason: str) -> None:
     with pytest.raises(Damaged, match=reason):
         header_of(studies.damaged(tmp_path)[kind].read_bytes())
+
+
+@pytest.mark.parametrize("value", [b"1.2.3\0", b"1.2.3 ", b"1.2.3\0\0\0", b"1.2.3\x004.5", b"1.2.3 \0rest"])
+def test_what_is_behind_a_nul_is_not_of_a_value(value: bytes) -> None:
+    """A ledger in PostgreSQL takes no text with a NUL, nor does SQLite find one in a list again."""
+    uids = [element(8, 0x16, b"UI", value), element(8, 0x18, b"UI", value), element(8, 0x50, b"SH", value)]
+    header = header_of(part10(EXPLICIT_LITTLE, b"".join([*uids, element(0x20, 0xD, b"UI", value)])))
+    assert (header.SOPClassUID, header.SOPInstanceUID, header.StudyInstanceUID) == ("1.2.3",) * 3
+    assert header.AccessionNumber == "1.2.3"
 
 
 def test_what_is_no_dicom(tmp_path: Path) -> None:
