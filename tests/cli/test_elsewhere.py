@@ -6,6 +6,8 @@ import shutil
 import ssl
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from talaria.errors import ServerError
 from talaria.server import answers, healthy
-from tests.servers.certificates import Authority
+from tests.servers.certificates import Authority, Leaf
 
 
 @pytest.mark.parametrize("fault", ["", "unknown", "expired", "no file"])
@@ -22,26 +24,16 @@ def test_a_prefect_server_elsewhere_is_verified_as_its_clients_do(
 ) -> None:
     """An authority of one's own was taken for a server that is away, and `up` waited for it."""
     authority = Authority(tmp_path / "ca")
-    leaf = authority.leaf("server", expired=fault == "expired")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(leaf.cert, leaf.key)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Health)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"https://127.0.0.1:{server.server_address[1]}/api"
     file = {"unknown": "", "no file": str(tmp_path / "gone.pem")}.get(fault, str(authority.ca))
     monkeypatch.setenv("PREFECT_API_SSL_CERT_FILE", file)
-    try:
+    words = {"unknown": "self-signed|unable to get", "expired": "has expired", "no file": "gone.pem can't be used"}
+    with secured(authority.leaf("server", expired=fault == "expired")) as url:
         if not fault:
             assert answers(url)
             return
-        words = {"unknown": "self-signed|unable to get", "expired": "has expired", "no file": "gone.pem can't be used"}
         with pytest.raises(ServerError, match=words[fault]):
             answers(url)
         assert not healthy(url)
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.parametrize("unverified", [False, True])
@@ -50,13 +42,6 @@ def test_no_authority_of_the_system_alone_vouches_for_a_prefect_server(
 ) -> None:
     """Prefect's clients don't know those: `up` found the server, and waited for ever as these did not."""
     authority = Authority(tmp_path / "ca")
-    leaf = authority.leaf("server")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(leaf.cert, leaf.key)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Health)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"https://127.0.0.1:{server.server_address[1]}/api"
     for name in ("PREFECT_API_SSL_CERT_FILE", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
     system = tmp_path / "system"
@@ -65,15 +50,12 @@ def test_no_authority_of_the_system_alone_vouches_for_a_prefect_server(
     subprocess.run(["openssl", "rehash", str(system)], check=True, timeout=60)
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path if unverified else system))
     monkeypatch.setenv("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "true" if unverified else "")
-    try:
+    with secured(authority.leaf("server")) as url:
         if unverified:
             assert answers(url)
         else:
             with pytest.raises(ServerError, match="is not trusted"):
                 answers(url)
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.parametrize("url", ["localhost:4200/api", "htps://localhost:4200/api", "//localhost:4200/api"])
@@ -81,6 +63,20 @@ def test_what_is_no_url_of_a_prefect_server_is_not_waited_for(url: str) -> None:
     """It was taken for one of a server that is away."""
     with pytest.raises(ServerError, match="PREFECT_API_URL="):
         answers(url)
+
+
+@contextmanager
+def secured(leaf: Leaf) -> Iterator[str]:
+    """A server that says that all is well, with this certificate; yields its URL."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(leaf.cert, leaf.key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"https://127.0.0.1:{server.server_address[1]}/api"
+        finally:
+            server.shutdown()
 
 
 class Health(BaseHTTPRequestHandler):
