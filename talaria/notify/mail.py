@@ -23,6 +23,10 @@ from talaria.notify.words import Letter
 from transfer.errors import DispatchError
 
 SEVEN_BIT = default.clone(cte_type="7bit")  # of text beyond ASCII: a server need not take eight (RFC 6152)
+# For the answer to a whole message: servers look through it meanwhile, and who hangs up too soon makes it come again
+# (RFC 5321 section 4.5.3.2.6). Less than one try may take.
+TAKEN_S = 80.0
+END = b"\r\n.\r\n"
 QUIT_S = 5.0  # for the answer to QUIT, which changes nothing (RFC 5321 section 4.1.1.10)
 FULL_NAME = re.compile(r"([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?\.)+[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")
 
@@ -43,9 +47,16 @@ async def send(rule: EmailRule, one: Letter) -> None:
 
 
 class _Client(smtplib.SMTP):
-    """Says what it is connected by before anything is read from it."""
+    """Says what it is connected by before anything is read from it; waits longer for the answer to a whole message."""
 
     connected: Callable[[socket.socket], None]
+    whole = False  # whether a message has been sent to its end
+
+    def send(self, s: Any) -> None:
+        super().send(s)
+        if isinstance(s, bytes) and s.endswith(END) and self.sock:
+            self.sock.settimeout(TAKEN_S)
+            self.whole = True
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         sock: socket.socket = super()._get_socket(host, port, timeout)  # type: ignore[misc]
@@ -62,7 +73,7 @@ class _Sender:
         self.rule, self.one = rule, one
         self._stopped, self._turn = False, threading.Lock()
         self._connection: socket.socket | None = None
-        self._connected = self._greeted = False
+        self._connected = self._greeted = self._whole = False
         self.taken = False  # from then on it must not go again, however the connection ends
 
     def stop(self) -> None:
@@ -130,6 +141,8 @@ class _Sender:
 
     def _silence(self) -> str:
         """Return the words for a server that does not answer: one may wait for TLS."""
+        if self._whole:
+            return f"no answer to the whole message within {TAKEN_S:g} s: it may have taken it"
         words = f"no answer within {self.rule.timeout_s:g} s"
         if self._greeted or self.rule.security is MailSecurity.TLS or not self._connected:
             return words
@@ -158,6 +171,7 @@ class _Sender:
             smtp.send_message(self._message(), rule.sender, [self.one.recipient])
             self.taken = True
         finally:
+            self._whole = smtp.whole
             with suppress(OSError, smtplib.SMTPException):
                 if smtp.sock:
                     smtp.sock.settimeout(min(timeout, QUIT_S))
