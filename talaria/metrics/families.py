@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from talaria import __version__
 from talaria.metrics.gather import Figures
 from talaria.metrics.peers import DAY_S
+from tasks.dispatch.ends import UNKNOWN
 from transfer.happenings import BEYOND, BOUNDS_S, BYTES, DISPATCHES, ITEMS, SECONDS, SECONDS_WITHIN, Total
 from transfer.outcome import Kind
 from transfer.receipt import State
@@ -119,8 +120,10 @@ class _Families(Collector):
 
 
 def _totals(totals: list[Total], targets: Iterable[str]) -> Iterator[Metric]:
-    """Yield the counters. Of saved targets they begin with 0: a first failure is an increase, too."""
+    """Yield the counters. Of saved targets, and of unknown ones, they begin with 0: a first failure is an increase, too."""
+    targets = list(targets)
     begun = [Total(DISPATCHES, name, str(state), 0.0) for name in targets for state in OUTCOMES]
+    begun.append(Total(DISPATCHES, UNKNOWN, str(State.FAILED), 0.0))
     begun += [Total(ITEMS, name, str(kind), 0.0) for name in targets for kind in (Kind.DELIVERED, Kind.REJECTED)]
     kept = _bounded([*totals, *begun])
     labels = ["target", "outcome"]

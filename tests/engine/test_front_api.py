@@ -545,7 +545,7 @@ def test_every_route_answers_as_it_is_described(up: Talaria, api: httpx.Client, 
         for action in ("pause", "resume", "cancel", "retry", "cancel"):
             api.post(f"/{kind}/{run}/{action}")
     for collection in ("dispatches", "jobs"):
-        assert api.post(f"/{collection}/{delivered}/send", json={"to": ["archive"]}).status_code == 200
+        assert api.post(f"/{collection}/{delivered}/send", json={"to": ["archive"]}).status_code == 201
     assert api.post("/recover").status_code == 200
     assert api.post("/prune", json={"older_than_s": 1e9}).status_code == 200
     (tmp_path / "inbox").mkdir()

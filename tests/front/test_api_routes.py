@@ -176,6 +176,10 @@ def test_a_parameter_that_a_route_does_not_have_is_refused(app: FastAPI) -> None
     assert ask(app, "POST", "/target-tests?name=pacs&move=no").status_code == 503, "Prefect is away"
 
 
+def test_a_monitor_may_ask_for_the_head_alone(app: FastAPI) -> None:
+    assert ask(app, "HEAD", "/health", Role.NOBODY).status_code == 200
+
+
 def test_errors_have_one_form(app: FastAPI) -> None:
     assert "no such route" in ask(app, "GET", "/nothing").json()["error"]
     assert "no such method" in ask(app, "DELETE", "/health").json()["error"]

@@ -143,7 +143,7 @@ def add(
     Args:
         answer: model that describes the JSON of the answer; none for a stream.
     """
-    status = 201 if name.startswith("create_") or endpoint.__name__.startswith("create_") else 200
+    status = 201 if (name or endpoint.__name__).startswith(("create_", "send_")) else 200
     stream = {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
     described: dict[int | str, dict[str, Any]] = {status: stream if answer is None else {"model": answer}}
     app.add_api_route(

@@ -30,6 +30,7 @@ async def status(request: Request, asked: Asked) -> dict[str, Any]:
 def add_to(app: FastAPI) -> None:
     """Add the routes."""
     add(app, "GET", "/health", health, answer=answers.HealthAnswer)
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)  # as monitors ask
     add(app, "GET", "/status", status, answer=answers.StatusAnswer)
 
 
