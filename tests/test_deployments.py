@@ -299,6 +299,15 @@ def test_prometheus_takes_every_query_of_the_dashboard() -> None:
         promtool("check", "rules", str(path))
 
 
+def test_what_is_the_same_at_all_hosts_is_not_summed() -> None:
+    """Each host of a Prefect server counts all that is there: a sum counts it as many times as there are hosts."""
+    same = ("talaria_queue_runs", "talaria_runs_running", "talaria_workers_online", "talaria_breaker_open",
+            "talaria_messages")  # fmt: skip
+    queries = [one["expr"] for panel in DASHBOARD["panels"] for one in panel["targets"]]
+    shared = [query for query in queries if any(name in query for name in same)]
+    assert len(shared) >= len(same) and all(re.search(r"max( by \([a-z, ]+\))? ?\(talaria_", one) for one in shared)
+
+
 def test_panels_of_the_dashboard_do_not_cover_each_other() -> None:
     fields = set[tuple[int, int]]()
     for panel in DASHBOARD["panels"]:

@@ -120,7 +120,7 @@ class _Families(Collector):
 
 
 def _totals(totals: list[Total], targets: Iterable[str]) -> Iterator[Metric]:
-    """Yield the counters. Of saved targets, and of unknown ones, they begin with 0: a first failure is an increase, too."""
+    """Yield the counters. Of targets, also unknown ones, they begin with 0: a first failure is an increase, too."""
     targets = list(targets)
     begun = [Total(DISPATCHES, name, str(state), 0.0) for name in targets for state in OUTCOMES]
     begun.append(Total(DISPATCHES, UNKNOWN, str(State.FAILED), 0.0))

@@ -56,6 +56,8 @@ async def post(rule: WebhookRule, one: Letter) -> None:
         raise NotSent(f"it can't be reached: {str(exc) or type(exc).__name__}") from exc
     except DispatchError as exc:
         raise NotSent(exc.message) from exc
+    except (httpx.InvalidURL, ValueError) as exc:  # of a name that IDNA does not know, say
+        raise NotSent(f"url can't be used: {exc}") from exc
     if 300 <= status < 400 and location:
         raise NotSent(f"{said}, which leads elsewhere: redirects are not followed, correct url")
     if not 200 <= status < 300:

@@ -108,8 +108,9 @@ def _what(entry: dict[str, Any]) -> str:
     one, several = HAPPENED.get(event, (event, event))
     if event.startswith("dispatch."):
         return one if entry["count"] == 1 else f"{entry['count']} {several}"
-    if "days" in entry:
-        return f"{one} in {entry['days']} days"
+    if "days" in entry:  # of one that is known only since it has expired, 0 as well
+        days = entry["days"]
+        return f"{one} in {days} day{'s' if days > 1 else ''}" if days else f"{one} today, or has expired"
     if "percent" in entry:
         return f"{one}: {entry['percent']} % is free"
     return one if entry["count"] == 1 else several

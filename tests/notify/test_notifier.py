@@ -389,6 +389,16 @@ def test_words_name_what_happened_to_whom_and_for_how_long() -> None:
 
 
 @pytest.mark.parametrize(
+    ("days", "words"),
+    [(7, "a certificate expires in 7 days ("), (1, "expires in 1 day ("), (0, "expires today, or has expired (")],
+)
+def test_a_certificate_that_has_expired_is_told_so(days: int, words: str) -> None:
+    entry = {"event": "certificate.expires", "target": "pacs", "cause": "", "count": 1, "first": 1.7e9, "last": 1.7e9}
+    one = letter(StoredMessage("ops", "", 1, body={"entries": {"x": {**entry, "days": days}}}), "home", "host-1")
+    assert words in one.text
+
+
+@pytest.mark.parametrize(
     "address",
     ["a", "a@[1.2.3.4", "a@b..c", "a@b.", "(a@b", "a@b(c)", ".a@b.org", "a..b@c.org", "a:b@c.org", "a\\b@c.org",
      "a@b@c", "a b@c.org", '"a"@b.org', "müller@klinik.example", "a@müller.example", "a@b.org\x7f"],

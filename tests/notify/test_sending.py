@@ -322,6 +322,8 @@ def test_answers_other_than_success_are_failures_and_redirects_lead_nowhere(hook
     assert 7000 < failure(rule).after_s <= 7200, "a date, as RFC 9110 allows"
     for key in ("whsec_", "whsec_Schlüssel"):  # anybody could sign with an empty one
         assert "is not base64: correct secret" in str(failure(WebhookRule(url=hook.url, secret=key)))
+    for odd in ("http://xn--a.b/", f"http://127.0.0.1:9/{'x' * 70_000}"):
+        assert "url can't be used" in str(failure(WebhookRule(url=odd)))
     hook.retry_after = "soon"
     assert failure(rule).after_s == 0
     with receiver() as elsewhere:
