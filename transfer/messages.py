@@ -47,6 +47,7 @@ class StoredMessage:
         recipient: e-mail address; "" for a rule that has one destination.
         number: of this rule and recipient, from 1.
         body: what it says.
+        made: when it began to collect; once it is tried, when that was first.
         due: when it is tried next, in seconds since the epoch.
         ended: when it was sent or given up; 0 before.
         error: why the last try failed.
@@ -183,13 +184,14 @@ class Messages:
             ).fetchall()
         mine = []
         for one in map(_message, rows):
+            made = min(one.made, now) if one.tries else now
             claim = self._db.execute(
                 f"UPDATE messages SET claimant=?, claimed=?, made=?, tries=tries+1, version=version+1 WHERE {_KEY}"  # noqa: S608
                 " AND state='open' AND version=?",
-                (claimant, now + seconds, min(one.made, now), *one.key, one.version),
+                (claimant, now + seconds, made, *one.key, one.version),
             )
             if claim.rowcount == 1:
-                one.made = min(one.made, now)
+                one.made = made
                 one.tries, one.version = one.tries + 1, one.version + 1
                 mine.append(one)
         return mine

@@ -244,6 +244,19 @@ def test_a_message_that_nobody_takes_is_given_up_after_days(
     assert "is given up: it answers 500" in caplog.text
 
 
+def test_a_message_that_has_waited_for_days_is_tried_as_long_as_others(home: Home, hook: Receiver) -> None:
+    """A rule may write once a week, and a server may have been off: the first try may meet a busy mail server."""
+    hook.status = 500
+    with Ledger(home.ledger) as ledger:
+        failed(ledger, 1)
+        collect(ledger, [webhook(hook)], {})
+        ledger._db.execute("UPDATE messages SET made=made-?, due=due-?", (8 * 86_400, 86_400))
+    running(Alone(home, webhook(hook)), until=lambda: newest(home).tries >= 2)
+    assert newest(home).state == OPEN
+    hook.status = 200
+    running(Alone(home, webhook(hook)), until=lambda: newest(home).state == SENT)
+
+
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_look_that_fails_or_never_ends_holds_up_no_message(
     home: Home, hook: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, silent: bool
