@@ -153,7 +153,7 @@ def _bounded(totals: list[Total]) -> dict[str, dict[tuple[str, str], float]]:
     dispatches: dict[str, float] = defaultdict(float)
     for one in totals:
         dispatches[one.target] += one.value if one.name == DISPATCHES else 0.0
-    shown = set(sorted(dispatches, key=lambda name: (-dispatches[name], name))[:MOST_TARGETS])
+    shown = set(sorted(dispatches, key=lambda name: (-dispatches[name], name))[:MOST_TARGETS]) | {UNKNOWN}
     kept: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
     for one in totals:
         kept[one.name][one.target if one.target in shown else OTHERS, one.label] += one.value

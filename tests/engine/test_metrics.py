@@ -141,7 +141,7 @@ def test_of_many_targets_those_with_few_dispatches_are_counted_together() -> Non
     ]
     found = values(exposed(Figures(ledger=True, totals=totals), "")[0].decode())
     counted = {key[-1]: value for key, value in found.items() if key[0] == "talaria_dispatches_total"}
-    assert len(counted) == MOST_TARGETS + 1 and counted[OTHERS] == 500 and counted["t0"] == 2
+    assert len(counted) == MOST_TARGETS + 2 and counted[OTHERS] == 500 and counted["t0"] == 2
 
 
 def test_a_source_that_nobody_listens_for_is_shown_and_a_paused_one_is_not() -> None:
