@@ -139,8 +139,13 @@ class _Finder:
     # ---- studies
 
     def studies(self) -> Iterator[dict[str, Any]]:
-        """Yield the studies whose own attributes match, each once."""
+        """Yield the studies whose own attributes match, each once; under each number that was asked for it."""
         seen: set[str] = set()
+        # Of several orders, servers show a study under the number that they are asked for.
+        numbers = (
+            {one.strip().casefold() for one in self.query.AccessionNumber} if self.query.level == "study" else set()
+        )
+        under: set[tuple[str, str]] = set()
         asked: set[Keys] = set()
         for keys in self._study_keys():
             for wording in self._wordings(keys):
@@ -150,9 +155,10 @@ class _Finder:
                 found = 0
                 for study in self._passed(search, "StudyInstanceUID", self._study_tests, keys):
                     found += 1
-                    uid = str(study["StudyInstanceUID"])
-                    if uid not in seen:
+                    uid, number = str(study["StudyInstanceUID"]), text(study.get("AccessionNumber")).strip().casefold()
+                    if uid not in seen or (number in numbers and (uid, number) not in under):
                         seen.add(uid)
+                        under.add((uid, number))
                         yield study
                 asked.add(search.sent)
                 if found:

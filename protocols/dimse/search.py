@@ -76,7 +76,7 @@ class PeerSearch:
         return other
 
     def find(self, query: Query) -> Iterator[Match]:
-        """Yield the studies or series that match, each once.
+        """Yield the studies or series that match, each once; a study under each number that was asked for it.
 
         Raises:
             Misconfigured: the query is not valid, or the peer can't answer it in full. Others: as `Finder.ask_for`.
@@ -302,13 +302,18 @@ class PeerSearch:
         doubts = self._doubts("StudyInstanceUID", query, {})
         descriptions = self._study_descriptions
         seen: set[str] = set()
+        # Of several orders, peers show a study under the number that they are asked for.
+        numbers = {value.strip().casefold() for value in query.AccessionNumber} if query.level == "study" else set()
+        under: set[tuple[str, str]] = set()
         late: dict[str, tuple[Mapping[str, str], Answer]] = {}  # without a description, until all answers are here
         for sent, study in self._candidates(query):
             uid = str(study.get("StudyInstanceUID", ""))
             if not uid:
                 raise Misconfigured(f"{self.finder.peer.where}: the peer answers without Study Instance UIDs")
-            if uid in seen or uid in late:
+            number = text(study.get("AccessionNumber")).strip().casefold()
+            if uid in late or (uid in seen and (number not in numbers or (uid, number) in under)):
                 continue
+            under.add((uid, number))
             self._patients[uid] = str(study.get("PatientID", ""))
             descriptions.see(study)
             if descriptions.keyword in tests and descriptions.lacks(study):

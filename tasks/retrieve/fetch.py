@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -192,9 +192,19 @@ class Fetcher:
         self._take(sorted(found, key=lambda match: _place(match, places)))  # fetched in the order of the list
         seen = {number.strip().casefold() for match in found for number in _numbers(match)}
         unseen = [number for number in batch if number.strip().casefold() not in seen]
+        self._note_others(batch, found)
         self.job.failed |= dict.fromkeys(filter(self._may_be_there, self.job.without_studies(unseen)), self.unread)
         self.job.missing += [number for number in unseen if not self._may_be_there(number)]
         self._done(batch)
+
+    def _note_others(self, batch: list[str], found: Iterable[Match]) -> None:
+        """Note which numbers stand for a study that is known by another one, as of two orders for one examination."""
+        uids: dict[str, str] = {}
+        for match in found:
+            uids |= dict.fromkeys((number.strip().casefold() for number in _numbers(match)), match.StudyInstanceUID)
+        for number in self.job.without_studies(batch):
+            if (uid := uids.get(number.strip().casefold(), "")) in self.job.studies:
+                self.job.also[number] = uid
 
     def _done(self, batch: list[str]) -> None:
         known = set(batch)

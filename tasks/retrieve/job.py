@@ -88,6 +88,7 @@ class Job:
         missing: accession numbers for which the source has no match.
         unknown: study UIDs that were asked for and for which the source has no match.
         failed: accession numbers whose search failed, with the reason.
+        also: study UIDs by those accession numbers that stand for a study which is known by another one.
         searched: whether a search by other keys has been made.
         ended: whether it has ended; a run after that is a retry.
         since: since when it waits for slots of its source, in seconds since the epoch; 0 if it doesn't.
@@ -100,6 +101,7 @@ class Job:
     missing: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    also: dict[str, str] = field(default_factory=dict)
     searched: bool = False
     error: str = ""
     ended: bool = False
@@ -167,6 +169,7 @@ class Job:
             "missing": self.missing,
             "unknown": self.unknown,
             "failed": self.failed,
+            "also": self.also,
             **self._course(),
             "studies": {one.study: one.saved() for one in [*self.studies.values()]},
         }
@@ -222,6 +225,7 @@ class Job:
         ]
         for uid in gone:
             del self.studies[uid]
+        self.also = {number: uid for number, uid in self.also.items() if uid in self.studies}
 
     def without_studies(self, numbers: Iterable[str]) -> list[str]:
         """Return those accession numbers of which no study is known."""

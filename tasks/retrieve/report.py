@@ -31,6 +31,7 @@ from transfer.tables import csv_text
 COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
 UNSEARCHED = "not searched for"
 NO_MATCH = "the source has no study that matches"
+STANDS = "stands for"  # begins the reason of a number whose study is known by another one
 TABLE = "retrieval"  # key of the artifact
 SHOWN_ROWS = 2000  # of the artifact; the files have all
 
@@ -50,6 +51,10 @@ def rows(job: Job, state: str) -> list[dict[str, Any]]:
     """
     left = "cancelled" if state == "cancelled" else "failed" if job.ended else "waiting"
     found = [_row(one, left, job.error) for one in job.studies.values()]
+    by_uid = {one["study"]: one for one in found}
+    for number, uid in job.also.items():
+        if one := by_uid.get(uid):
+            found.append(_of_number(number, one["state"], _also(one)))
     found += [_of_number(number, "missing", NO_MATCH) for number in job.missing]
     found += [_of_number("", "missing", NO_MATCH) | {"study": uid} for uid in job.unknown]
     found += [_of_number(number, "failed", reason) for number, reason in job.failed.items()]
@@ -74,6 +79,12 @@ def _row(one: Study, left: str, error: str) -> dict[str, Any]:
         "bytes": one.bytes,
         "reason": why,
     }
+
+
+def _also(row: dict[str, Any]) -> str:
+    """Return what to say of a number that stands for the study of a row, too."""
+    of = f"{STANDS} the study of {row['accession']}" if row["accession"] else f"{STANDS} study {row['study']}"
+    return "; ".join(filter(None, (of, row["reason"])))
 
 
 def _of_number(number: str, state: str, reason: str) -> dict[str, Any]:
@@ -131,7 +142,8 @@ def given_up(document: dict[str, Any], why: str) -> dict[str, Any]:
 def _stopped(row: dict[str, Any]) -> dict[str, Any]:
     if row["state"] != "waiting":
         return row
-    return row | {"state": "cancelled", "reason": "" if row["study"] else UNSEARCHED}
+    known = row["study"] or row["reason"].startswith(STANDS)
+    return row | {"state": "cancelled", "reason": "" if known else UNSEARCHED}
 
 
 def sentence(document: dict[str, Any]) -> str:

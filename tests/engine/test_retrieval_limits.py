@@ -38,6 +38,7 @@ from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, folder_of
+from tasks.retrieve.report import document
 from tasks.retrieve.report import report as report_retrieval
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
@@ -126,6 +127,25 @@ def test_studies_are_fetched_in_the_order_of_the_list() -> None:
         assert [*stages(one)] == ["ACC003", "ACC002", "ACC001"] and one.job.missing == ["ACC000", "ACC004", "ACC005"]
         uids = {str(each.ds.StudyInstanceUID): str(each.ds.AccessionNumber) for each in peer.instances}
         assert [uids[str(each.keys.StudyInstanceUID)] for each in peer.asked(GET)] == [*stages(one)]
+
+
+@pytest.mark.parametrize("numbers", ["OR1 OR2", "OR2 OR1", "OR1 OR2 X1 X2 X3 X4 X5 X6"])
+def test_a_number_that_stands_for_a_study_of_another_number_is_not_missing(numbers: str) -> None:
+    """Of one examination with two orders, nodes show the number that they are asked for."""
+    uid = studies.uid()
+    files = [studies.encoded(studies.dataset(study=uid, AccessionNumber=number)) for number in ("OR1", "OR2")]
+    with archive(files) as peer:
+        one = made(peer, numbers=numbers)
+        asyncio.run(one.run())
+        first, second, *missing = numbers.split()
+        assert stages(one) == {first: Stage.DELIVERED} and one.job.missing == missing
+        assert one.job.whole is not bool(missing)
+        assert Job.load(Home.current(), RUN, ()).also == {second: uid}
+        shown = document(one.job, RUN, "src", "delivered")
+        assert (shown["found"], shown["delivered"], shown["missing"]) == (1, 1, missing)
+        row = next(row for row in shown["accessions"] if row["accession"] == second)
+        assert (row["state"], row["reason"]) == ("delivered", f"stands for the study of {first}")
+        assert peer.asked(GET)[0].keys.StudyInstanceUID == uid and len(peer.asked(GET)) == 2
 
 
 def test_fetching_waits_for_sending_where_the_spool_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
