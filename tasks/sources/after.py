@@ -39,7 +39,7 @@ OUTSIDE = "it lies outside the source's folder"
 MOST_NAMES = 1000  # tried for a file whose name is taken where it is moved to
 NAMED = 3  # files that a sentence names
 PERMISSIONS = 0o777
-_NAME_BYTES = 255
+_NAME_BYTES = 100  # of a file, that show in our name for it: of encrypted folders some take 143 in all, others 255
 
 
 @dataclass
@@ -131,7 +131,7 @@ def restore(folder: str, unit: ListedUnit) -> None:
     try:
         for inside in (_inside(folder, one.path) for one in unit.files):
             with suppress(OSError), above(fd, inside) as (at, name):
-                _put_back(at, TAKEN + name, name)
+                _put_back(at, _taken(name), name)
     finally:
         os.close(fd)
 
@@ -149,6 +149,12 @@ def _inside(folder: str, path: str) -> str:
 def _name(unit: ListedUnit, path: str) -> str:
     """Return by which path a file counts in the fingerprint of its unit."""
     return path.removeprefix(f"{unit.paths[0]}/") if is_folder(unit) else path
+
+
+def _taken(name: str) -> str:
+    """Return our own name for a file, the same after a kill."""
+    raw = os.fsencode(name)
+    return TAKEN + (name if len(raw) <= _NAME_BYTES else hashlib.blake2b(raw, digest_size=16).hexdigest())
 
 
 def _let_go(
@@ -169,10 +175,7 @@ def _let_go(
         raise _Stays(OUTSIDE)
     try:
         with above(root, inside) as (folder, name):
-            taken = TAKEN + name
-            if len(os.fsencode(taken)) > _NAME_BYTES:
-                raise _Stays("its name is too long to be handled safely")
-            held = False
+            taken, held = _taken(name), False
             try:
                 _take(folder, name, taken, one, confirmed)
                 held = True

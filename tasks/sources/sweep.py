@@ -260,8 +260,8 @@ class Sweep:
             return None  # they were edited meanwhile, and nobody would send it to those, nor let it go
         if left.passing:  # with its fingerprint, and its list, as they were: what has gone counts when all is done
             return self._goes_later(row, left.words, left.failed)
-        if left.failed:
-            self._stays(left.failed)
+        if left.failed or (left.kept and isinstance(self.source, DicomSource)):  # in whose folder nobody looks
+            self._stays(left.failed or next(iter(left.kept)))
         return row.now(done, left.words, batch="", fingerprint=left.fingerprint)
 
     def _goes_later(self, row: UnitRow, words: str, failed: str) -> UnitRow:

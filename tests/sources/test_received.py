@@ -259,6 +259,8 @@ def test_what_stays_in_the_folder_of_a_listener_is_dispatched_again_when_somebod
     for _ in range(2):
         assert not bench.sweep().runs
     assert set(bench.states().values()) == {"done"} and len(list(spool(bench).folder.iterdir())) == 1
+    [words] = told(bench)
+    assert "stay, which `talaria source show` lists: not confirmed by every target" in words
     bench.targets["archive"] = archive
 
     async def loaded(*_: Any) -> DicomSource:

@@ -701,6 +701,40 @@ def test_what_is_under_way_when_its_source_gets_other_targets_goes_to_those_as_w
     assert [delivered(bench, name) for name in bench.targets] == [2] * len(bench.targets)
 
 
+@pytest.mark.parametrize("how", ["delete", "move", "killed"])
+@pytest.mark.parametrize("name", ["n" * 255, "影" * 80 + ".dcm"])
+def test_files_with_long_names_go_as_well(bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str, name: str) -> None:
+    """Our own name for them would have been longer than one may be; of an encrypted folder that is 143 bytes."""
+    bench.source = (
+        bench.named(after="delete") if how != "move" else bench.named(after=how, move_to=str(bench.folder / "sent"))
+    )
+    (path,) = material.ct(bench.inbox / "s", 1)
+    path = path.rename(path.with_name(name))
+    bench.sweep()
+    bench.dispatch()
+    rename, seen = os.rename, list[str]()
+
+    def renamed(source: str, to: str, **more: Any) -> None:
+        seen.append(to)
+        rename(source, to, **more)
+        if how == "killed" and len(seen) == 1:
+            raise KeyboardInterrupt
+
+    if how == "killed":
+        monkeypatch.setattr(os, "rename", renamed)
+        monkeypatch.setattr(after, "_put_back", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            bench.sweep()
+        monkeypatch.undo()
+        monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+        monkeypatch.setenv("TALARIA_HOME", str(bench.home.root))
+        (left,) = (bench.inbox / "s").iterdir()
+        assert left.name.startswith(TAKEN) and len(os.fsencode(left.name)) < 143
+    bench.sweep()
+    assert not names(bench.inbox) and not list(bench.inbox.rglob(f"{TAKEN}*"))
+    assert names(bench.folder / "sent") == ({f"s/{name}"} if how == "move" else set())
+
+
 def test_what_stays_is_named_as_far_as_people_read() -> None:
     kept = {"open": ["a"], "not confirmed": ["s/1", "s/2", "s/3", "s/4", "s/5"], "full": ["b", "c"]}
     assert after.Finished("0:0", kept=kept).words == (
