@@ -132,6 +132,7 @@ class _Finder:
         self.archive, self.query = archive, query
         self._study_tests, self._series_tests = study_tests(query), series_tests(query)
         self._wanted = wanted(query)
+        self._there: bool | None = None
         self._read = 0  # instances that were read, as results didn't show all letters
         self._matched: dict[tuple[str, ...], bool] = {}  # whether the server matches a key, by level and key
         self._stars: dict[str, bool] = {}  # whether it takes wild cards in a key
@@ -153,7 +154,7 @@ class _Finder:
                 if search.sent in asked:  # all that it found was compared with the whole query
                     break
                 found = 0
-                for study in self._passed(search, "StudyInstanceUID", self._study_tests, keys):
+                for study in self._studies_of(search, keys):
                     found += 1
                     uid, number = str(study["StudyInstanceUID"]), text(study.get("AccessionNumber")).strip().casefold()
                     if uid not in seen or (number in numbers and (uid, number) not in under):
@@ -163,6 +164,22 @@ class _Finder:
                 asked.add(search.sent)
                 if found:
                     break
+
+    def _studies_of(self, search: PagedSearch, keys: Keys) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._passed(search, "StudyInstanceUID", self._study_tests, keys)
+        except NotFound:  # what some servers say where nothing matches
+            if not (search.sent and self._has_studies()):
+                raise
+
+    def _has_studies(self) -> bool:
+        """Return whether the server shows any study: then it can be searched."""
+        if self._there is None:
+            try:
+                self._there = bool(PagedSearch(self.archive, ("studies",)).page(1, 0).rows)
+            except (NotFound, Misconfigured):
+                self._there = False
+        return self._there
 
     def _passed(
         self, search: PagedSearch, uid: str, tests: Iterable[tuple[str, Test]], keys: Keys = ()

@@ -112,7 +112,7 @@ def test_a_study_that_is_denied_takes_no_other_with_it_where_it_may_be_the_study
     assert {study.accession for study in found if study.stage is Stage.FAILED} == {"A8", "A9"}
 
 
-@pytest.mark.parametrize("status", [404, 500, 503])
+@pytest.mark.parametrize("status", [405, 500, 503])
 @pytest.mark.parametrize("bad", [{"A1"}, {"A5"}, {"A10"}, {"A1", "A6"}])
 def test_a_number_at_which_a_search_fails_fails_alone(
     server: Scripted, monkeypatch: pytest.MonkeyPatch, bad: set[str], status: int

@@ -15,7 +15,7 @@ from talaria.testing import studies
 from tests.servers.dicomweb import JSON, Reply, Scripted, as_json
 from tests.targets.dicomweb_query.fetching import fetched, series_of
 from tests.targets.dicomweb_query.finding import files, found, hold
-from transfer.errors import Misconfigured
+from transfer.errors import Misconfigured, NotFound
 from transfer.receipt import State
 
 
@@ -147,3 +147,19 @@ def test_server_that_does_not_implement_a_parameter(
     assert len(found(server, query)) == 1
     assert fetched(server, tmp_path / "out", query).state is State.DELIVERED
     assert set(files(tmp_path / "out")) == set(uids)
+
+
+def test_server_that_says_404_where_nothing_matches(server: Scripted) -> None:
+    hold(server, studies.dataset(AccessionNumber="A-1"))
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = usual(segments, query)
+        return Reply(404, b"no such study", "text/plain") if reply.status == 204 else reply
+
+    server._search = search  # type: ignore[method-assign]
+    assert len(found(server, Query(AccessionNumber=("A-0", "A-1", "A-2")))) == 1
+    assert found(server, Query(AccessionNumber=("A-0",))) == found(server, Query(PatientName="Nobody*")) == []
+    server.stored.clear()  # now it may as well have no such service
+    with pytest.raises(NotFound):
+        found(server, Query(AccessionNumber=("A-0",)))
