@@ -9,7 +9,9 @@ from prefect.client.schemas.objects import BlockDocument
 from blocks import RULES, SOURCES, TYPES
 from transfer.errors import Misconfigured
 
-SLUGS = {cls.get_block_type_slug(): name for name, cls in (*TYPES.items(), *SOURCES.items(), *RULES.items())}
+_CLASSES = (*TYPES.items(), *SOURCES.items(), *RULES.items())
+SLUGS = {cls.get_block_type_slug(): name for name, cls in _CLASSES}
+_WORDS = {cls.get_block_type_slug(): cls.word for _, cls in _CLASSES}  # what each is: a target, a source or a rule
 
 
 def type_of(document: BlockDocument) -> str:
@@ -46,6 +48,9 @@ def pick(written: str, documents: Iterable[BlockDocument]) -> BlockDocument | No
 
 
 def ambiguous(name: str, documents: Sequence[BlockDocument]) -> Misconfigured:
-    """Return the error for a name that several targets have."""
+    """Return the error for a name that several targets, sources or rules have."""
     candidates = " or ".join(sorted(map(qualified, documents)))
-    return Misconfigured(f"{len(documents)} targets are named {name}: write {candidates}, and rename or remove one")
+    known = (_WORDS.get(one.block_type.slug) for one in documents if one.block_type)
+    kind = next(filter(None, known), "target")
+    able = "rename or remove" if kind == "target" else "remove"
+    return Misconfigured(f"{len(documents)} {kind}s are named {name}: write {candidates}, and {able} one")

@@ -283,6 +283,9 @@ def test_what_is_replaced_is_there_until_the_new_one_is(up: Talaria, tmp_path: P
         with refuses(up, "DELETE"):
             applied(new, 3)
         assert types_of(up, kind, "one") == sorted([old["type"], new["type"]])
+        if kind == "source":
+            line = refused(up, "source", "show", "one")
+            assert "2 sources are named one: write inbox/one or list/one, and remove one" in line
         new["description"] = "again"
         assert applied(new, 0)[f"{kind}s"] == [{"name": "one", "action": "replaced"}]
         assert types_of(up, kind, "one") == [new["type"]]
