@@ -30,13 +30,14 @@ from talaria.notify import mail as mailing
 from talaria.notify import sending
 from talaria.notify.errors import NotSent
 from talaria.notify.words import Letter, letter
-from talaria.testing.process import free_port
+from talaria.testing.process import free_port, until
 from tests.servers.certificates import Authority
 from tests.servers.proxy import PASSWORD as PROXY_PASSWORD
 from tests.servers.proxy import USER as PROXY_USER
 from tests.servers.proxy import tinyproxy
 from tests.servers.receiver import Receiver, receiver
 from tests.servers.smtp import ODD_PASSWORD, ODD_USER, PASSWORD, USER, MailServer, smtp
+from transfer import silent
 from transfer.messages import StoredMessage
 
 TO = "team@example.org"
@@ -434,6 +435,25 @@ def test_what_a_program_prints_fills_no_disk(programs: Path, tmp_path: Path) -> 
     rule = program(programs, f"head -c 100000000 /dev/zero; echo; {started}; {size}; exit 7")
     assert "ended with exit code 7: it takes 0 bytes" in str(failure(rule))
     os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_a_folder_of_programs_on_a_share_that_is_silent_holds_nobody_up(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over, stat, rule = threading.Event(), os.stat, program(programs, "true")
+
+    def hangs(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if str(path).startswith(str(programs)):
+            over.wait(120)
+        return stat(path, *args, **more)
+
+    monkeypatch.setattr(silent, "LOOK_S", 0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", hangs)
+        assert "its file system does not answer" in str(failure(rule))
+        over.set()
+    until(lambda: not silent._is_silent(str(programs)))
+    send(rule)
 
 
 def test_only_programs_of_the_administrator_s_folder_are_run(
