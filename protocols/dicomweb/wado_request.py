@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
-from imaging.header import Damaged, Header, NotDicom, read_header
+from imaging.header import PREAMBLE_BYTES, Damaged, Header, NotDicom, has_preamble, read_header
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.service import Service
 from protocols.files import partial
@@ -22,6 +23,7 @@ ACCEPTS = (
     f'multipart/related; type="{DICOM}"; transfer-syntax=*', f'multipart/related; type="{DICOM}"',
     f"{DICOM}; transfer-syntax=*", DICOM, "*/*",
 )  # fmt: skip
+ANY_FILE = ("", "application/octet-stream", "binary/octet-stream")  # types of what a web server doesn't know
 MANY = 2  # forms that can hold several instances
 OTHER_FORM = (400, 406, 415, 500, 501)  # what servers say to a form that they can't give
 UNABLE = (500, 502, 504)  # and to what is too much for them
@@ -80,9 +82,10 @@ def _contents(
     service: Service, answer: Answer, where: str, pace: Callable[[int], None]
 ) -> Iterator[Iterator[memoryview]]:
     kind, options = parameters(answer.headers.get("Content-Type", ""))
-    pieces = _paced(answer.chunks(), pace)
-    if kind == DICOM:  # one instance without an envelope
-        yield pieces
+    pieces = paced(answer.chunks(), pace)
+    file, begin = one_file(kind, pieces)
+    if file is not None:  # without an envelope
+        yield file
     elif kind.startswith("multipart/") and options.get("boundary"):
         parts = Parts(pieces, options["boundary"], service.where)
         for head in parts:
@@ -90,10 +93,24 @@ def _contents(
                 raise Misconfigured(f"{service.where}{where}: the answer holds {head.media_type} instead of {DICOM}")
             yield parts.content()
     else:
-        raise dicomweb.unexpected(service, answer, answer.read(), where, dicomweb.FILES)
+        raise dicomweb.unexpected(service, answer, begin + answer.read(), where, dicomweb.FILES)
 
 
-def _paced(pieces: Iterator[memoryview], pace: Callable[[int], None]) -> Iterator[memoryview]:
+def one_file(kind: str, pieces: Iterator[memoryview]) -> tuple[Iterator[memoryview] | None, bytes]:
+    """Return the pieces of a body that is one DICOM file, by its type or, where that says nothing, by its beginning.
+
+    Else None, and what has been taken of the body.
+    """
+    if kind == DICOM:
+        return pieces, b""
+    begin = b""
+    while kind in ANY_FILE and len(begin) < PREAMBLE_BYTES and (piece := next(pieces, None)) is not None:
+        begin += bytes(piece)
+    return chain([memoryview(begin)], pieces) if has_preamble(begin) else None, begin
+
+
+def paced(pieces: Iterator[memoryview], pace: Callable[[int], None]) -> Iterator[memoryview]:
+    """Yield pieces; call `pace` with the bytes of each before."""
     for piece in pieces:
         pace(len(piece))
         yield piece

@@ -9,10 +9,10 @@ from collections.abc import Callable, Generator, Iterator
 from urllib.parse import urlencode
 
 from protocols.dicomweb.service import FILES, Service
+from protocols.dicomweb.wado_request import DICOM, one_file, paced
 from protocols.http.multipart import parameters
 from transfer.errors import Cancelled, DispatchError, Misconfigured
 
-DICOM = "application/dicom"
 NAME = "wado"
 SYNTAXES = ("*", "")  # as it is stored, where a server knows that; else as it likes
 OTHER_FORM = (400, 406, 415)
@@ -47,15 +47,10 @@ def fetch(
         with service.session.request("GET", where, {"Accept": DICOM}) as answer:
             if answer.status == 200:
                 kind, _ = parameters(answer.headers.get("Content-Type", ""))
-                if kind != DICOM:
+                file, _ = one_file(kind, paced(answer.chunks(), pace))
+                if file is None:
                     raise Misconfigured(f"{service.where}{place}: gives {kind or 'no type'} instead of {DICOM}")
-
-                def paced() -> Iterator[memoryview]:
-                    for piece in answer.chunks():
-                        pace(len(piece))
-                        yield piece
-
-                yield paced()
+                yield file
                 return
             body = answer.read()
             if syntax == SYNTAXES[-1] or answer.status not in OTHER_FORM:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,25 @@ def test_server_that_says_404_where_nothing_matches(server: Scripted) -> None:
     server.stored.clear()  # now it may as well have no such service
     with pytest.raises(NotFound):
         found(server, Query(AccessionNumber=("A-0",)))
+
+
+@pytest.mark.parametrize("kind", ["application/octet-stream", "binary/octet-stream", ""])
+@pytest.mark.parametrize("uri", ["", "/wado"])
+@pytest.mark.parametrize("chunked", [0, 50])
+def test_instances_under_the_type_that_files_have_in_web_servers(
+    server: Scripted, tmp_path: Path, kind: str, uri: str, chunked: int
+) -> None:
+    uids = hold(server, *series_of(3))
+    server.uri, server.gives = uri, "single"
+    retrieve, by_uri = server._retrieve, server._by_uri
+
+    def plain(reply: Reply) -> Reply:
+        return replace(reply, type=kind, chunked=chunked) if reply.type == "application/dicom" else reply
+
+    server._retrieve = lambda segments: plain(retrieve(segments)) if len(segments) == 6 else Reply(404)  # type: ignore[method-assign]
+    server._by_uri = lambda given: plain(by_uri(given))  # type: ignore[method-assign]
+    assert fetched(server, tmp_path / "out").state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
+    server._retrieve = lambda segments: Reply(200, b"x" * 300, kind)  # type: ignore[method-assign]
+    server._by_uri = lambda given: Reply(200, b"x" * 300, kind)  # type: ignore[method-assign]
+    assert fetched(server, tmp_path / "none").state is State.FAILED
