@@ -126,16 +126,27 @@ class Retrieval:
 
     async def _look_over(self) -> None:
         """Compare what the job knows with what is here: a kill may have come between a step and the note of it."""
-        for folder in set(self._folders.glob("*")) - {*map(self._folder, self.job.studies.values())}:
-            await asyncio.to_thread(discard, folder)  # of one that the source does not have any more
-        for study in self.job.studies.values():
-            folder = self._folder(study)
-            if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
-                # Moved, and not noted; else its files are gone, and it is fetched again.
-                study.stage, study.again = (Stage.DELIVERED if is_moved(folder, study.instances) else Stage.FOUND), 0.0
-                self.job.save()
-            if study.stage is Stage.DELIVERED and folder.is_dir():
-                await asyncio.to_thread(discard, folder)
+        with suppress(DispatchCancelled):
+            there = await self._looked(lambda: {*self._folders.glob("*")})
+            for folder in there - {*map(self._folder, self.job.studies.values())}:
+                await self._looked(partial(discard, folder))  # of one that the source does not have any more
+            for study in self.job.studies.values():
+                folder = self._folder(study)
+                if study.stage is Stage.WHOLE and not await self._looked(partial(_has_any, folder)):
+                    # Moved, and not noted; else its files are gone, and it is fetched again.
+                    moved = await self._looked(partial(is_moved, folder, study.instances))
+                    study.stage, study.again = (Stage.DELIVERED if moved else Stage.FOUND), 0.0
+                    self.job.save()
+                if study.stage is Stage.DELIVERED and folder in there:
+                    await self._looked(partial(discard, folder))
+
+    async def _looked(self, look: Callable[[], R]) -> R:
+        """Do what touches the folders of studies: in a share whose server is away, it does not end.
+
+        Raises:
+            DispatchCancelled: it was left, as the run is stopped.
+        """
+        return await self._stoppable(asyncio.to_thread(look), begun=False)
 
     async def _fetch(self) -> None:
         """Fetch study after study; send each on as soon as it is complete."""
@@ -177,7 +188,7 @@ class Retrieval:
                 await self._turn.give_back()
                 if others and others <= set(self._handing_on.values()):  # none of them has ended meanwhile
                     await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
-                elif not others and not drop_one(self.job, self._folder):
+                elif not others and not await self._looked(partial(drop_one, self.job, self._folder)):
                     self._full = exc.message
 
     def _stopped(self) -> bool:
@@ -228,18 +239,23 @@ class Retrieval:
 
         Returns:
             False if what fills it waits for a target, or is not ours.
+
+        Raises:
+            DispatchCancelled: the run is stopped.
         """
-        while self._room_for.is_full(self._folder(study)) and not self._stopped():
-            if self._handing_on:
+        while True:
+            others = bool(self._handing_on)  # what is handed on while it is looked has made room
+            if not await self._looked(partial(self._room_for.is_full, self._folder(study))) or self._stopped():
+                return True
+            if others:
                 await self._one_is_handed_on()
-            elif drop_one(self.job, self._folder):
+            elif await self._looked(partial(drop_one, self.job, self._folder)):
                 pass
             elif self._room_for.is_short():
                 self._wait_for(NO_ROOM, datetime.now(UTC) + timedelta(seconds=SHORT_S), soon=True)
                 return False
             else:  # where no study waits for a target, an earlier run has left others, whose turn comes
                 return not any(one.stage is Stage.WHOLE for one in self.job.studies.values())
-        return True
 
     async def _pace(self) -> bool:
         """Keep to the number of studies per hour.
@@ -332,7 +348,8 @@ class Retrieval:
             self.job.note()
             if study.stage is Stage.DELIVERED:
                 self._in_vain.clear()
-                await asyncio.to_thread(discard, folder)
+                with suppress(DispatchCancelled):
+                    await self._looked(partial(discard, folder))
             elif waited and study.again and not study.reason.startswith(HELD):
                 self._in_vain.append(study)
                 self._next_round = first.again if (first := self._first()) else 0.0
@@ -477,6 +494,10 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
 async def _load(names: list[str]) -> list[Target]:
     async with get_client() as client:
         return [(await load(client, [name]))[0] for name in names]
+
+
+def _has_any(folder: Path) -> bool:
+    return any(folder.glob("*.dcm"))
 
 
 def _has(study: Study, count: int) -> bool:

@@ -792,6 +792,40 @@ def test_a_retrieval_is_cancelled_that_moves_studies_into_a_share_which_hangs(
     assert stages(one) == {"S1": Stage.WHOLE}, "what came stays for a retry"
 
 
+@pytest.mark.parametrize("where", ["_has_any", "discard", "drop_one", "Room.is_full"])
+def test_a_cancelled_retrieval_ends_while_the_share_of_its_studies_hangs(
+    concluded: Callable[[Retrieval], State[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A thread that looks there does not end before the share answers: nothing waits for it, least of all its loop."""
+    back = threading.Event()
+
+    def hangs(*_: Any) -> None:
+        one.cancelled.set()
+        back.wait(60)
+        if not back.is_set():
+            timed_out.append(where)
+
+    timed_out: list[str] = []
+    if where == "drop_one":
+        monkeypatch.setattr(engine.Room, "is_full", lambda *_: True)
+    conclude = Retrieval.conclude
+
+    async def concludes(self: Retrieval) -> State[Any]:
+        back.set()  # else the loop would wait for its thread
+        return await conclude(self)
+
+    monkeypatch.setattr(Retrieval, "conclude", concludes)
+    monkeypatch.setattr(f"tasks.retrieve.run.{where}", hangs)
+    with archive(study("S1")) as peer:
+        one = made(peer, numbers="S1", targets=(), into=str(tmp_path))
+        if where == "_has_any":
+            asyncio.run(one._find())
+            next(iter(one.job.studies.values())).stage = Stage.WHOLE
+        state = concluded(one)
+    assert one.cancelled.is_set() and not timed_out
+    assert state.is_cancelled() or (where == "discard" and state.is_completed())
+
+
 def test_the_query_of_a_wish_is_looked_at_before_anything_begins() -> None:
     from transfer.errors import Misconfigured
 
