@@ -15,9 +15,11 @@ import functools
 import os
 import ssl
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,13 +51,20 @@ OURS = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 
 
 class Client(Hearing):
-    """Prefect's client, with this process's TLS context."""
+    """Prefect's client, with this process's TLS context.
+
+    Attributes:
+        dated: the server's time as its last answer said, and ours then, in monotonic seconds.
+    """
+
+    dated = "", 0.0
 
     def __init__(self) -> None:
         api = get_current_settings().api
 
         async def heard(response: httpx.Response) -> None:
             self.saved = response.headers.get(SAVED, "")
+            self.dated = response.headers.get("Date", ""), time.monotonic()
 
         super().__init__(
             str(api.url),
@@ -194,6 +203,15 @@ async def client(made: Callable[[], Client] = Client) -> AsyncIterator[PrefectCl
     # Its constructor would make a client of Prefect's choice.
     async with AsyncClientContext.model_construct(client=made()) as context:
         yield context.client
+
+
+def servers_time(client: PrefectClient) -> datetime:
+    """Return the time by the server's clock, as far as a client of ours knows; else by this host's."""
+    date, heard = getattr(client, "dated", ("", 0.0))
+    try:
+        return parsedate_to_datetime(date) + timedelta(seconds=time.monotonic() - heard)
+    except ValueError:
+        return datetime.now(UTC)
 
 
 def name() -> str:

@@ -6,15 +6,18 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.states import Scheduled
 
+from talaria.engine import lanes
 from talaria.engine.due import come
 from transfer.ledger import Ledger
 
@@ -24,6 +27,7 @@ QUEUE, POOL, CALLER = "work-queue", "work-pool", "task-run"
 RESUMING = "Resuming"  # name that Prefect gives a run which is put back into the queue after a pause
 # What runs do by themselves, all the time.
 ORDINARY = [f"{RUN}{name}" for name in ("Pending", "heartbeat")]
+LATELY = timedelta(minutes=1)  # before a subscription; what has happened since comes as well
 PAUSE_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # before the subscription is tried again, the last for ever
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,7 @@ def resuming(ledger: Ledger) -> State[Any]:
 
 
 async def watch(
+    client: PrefectClient,
     resources: Callable[[], Awaitable[tuple[str, str]]],
     changed: Callable[[StateChange], None],
     connected: Callable[[bool], None],
@@ -79,6 +84,7 @@ async def watch(
     Events are lost while there is no connection, or come twice: `changed` must look at the server.
 
     Args:
+        client: of the server, which has just answered `resources`.
         resources: returns what events name as the pool, and as the flow of such parts.
         changed: called for each change.
         connected: called with True when the subscription has begun, with False when it has ended.
@@ -91,7 +97,10 @@ async def watch(
                 event=EventNameFilter(prefix=[RUN], exclude_name=ORDINARY),
                 any_resource=EventAnyResourceFilter(id=[pool, flow]),
             )
-            async with get_events_subscriber(about, reconnection_attempts=0) as events:
+            subscriber: Any = get_events_subscriber(about, reconnection_attempts=0)
+            # Else it is a minute ago by this host's clock: the server sends nothing older, also of what is yet to come.
+            subscriber._backfill_since = lanes.servers_time(client) - LATELY
+            async with subscriber as events:
                 failures = 0
                 connected(True)
                 async for event in events:

@@ -114,7 +114,7 @@ class Worker:
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):  # lanes have contexts of their own
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(watch(self._resources, self._changed, self._connected))
+                    group.create_task(watch(self.client, self._resources, self._changed, self._connected))
                     group.create_task(self._take_runs())
                     group.create_task(self._beat())
                     group.create_task(self._look_again())
