@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from pydantic import SecretStr
@@ -144,4 +146,8 @@ def leads_to(target: Target) -> str:
 
 def _at_port(target: Target) -> str:
     port: Any = getattr(target, "port", None)
-    return f"{target.node}:{port}" if port else target.node
+    if port is None and target.host_in:  # two servers of one machine differ in nothing else
+        with suppress(ValueError):
+            port = urlsplit(str(getattr(target, target.host_in) or "")).port
+    node = f"[{target.node}]" if port and ":" in target.node else target.node
+    return f"{node}:{port}" if port else target.node

@@ -145,6 +145,7 @@ def test_a_listener_s_senders_and_routes_are_rows(place: SimpleNamespace, admin:
     assert [(one["modality"], one["called"], one["targets"]) for one in shown["routes"]] == [
         ("CT", "", ["kept"]), ("", "ROUTER", ["second", "kept"])]  # fmt: skip
     assert [(one["aet"], one["host"]) for one in shown["peers"]] == [("CT*", "10.1.0.0/16")]
+    assert "kept, second" in words(admin.get("/talaria/sources"))  # as `source list` has them: those of its routes, too
     page = words(admin.get("/talaria/sources/router"))
     assert "AE title CT*, Host 10.1.0.0/16" in page and "Modality CT, Targets kept; Called AE title ROUTER" in page
     before = admin.form("/talaria/sources/router/edit")

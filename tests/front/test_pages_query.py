@@ -71,6 +71,8 @@ def test_studies_are_found_picked_and_fetched_to_a_target(place: SimpleNamespace
     job = operator.post(leads, fetch)
     assert operator.post(leads, fetch) == job  # a double click fetches once
     page = ended(operator, job)
+    run = job.rpartition("/")[2].partition("?")[0]
+    assert f">{run[:13]}</a>" in operator.get("/talaria/query")  # its beginning, which every command takes
     assert "Delivered: 1" in words(page) and "All: 1" in words(page)
     assert NAME not in page and "P-77" not in page
     rows = list(csv.DictReader(operator.get(f"{job}/csv").splitlines()))

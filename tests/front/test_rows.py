@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from markupsafe import Markup
 
+from talaria import targetfile
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.changes import ChangeCount, WatchedUpstream
 from talaria.front.pages import rows
 from talaria.front.pages.plot import HEIGHT, plotted
 from talaria.front.pages.rows import Kept
 from talaria.front.pages.site import what
-from talaria.service.overview import Day
+from talaria.service.overview import Day, leads_to
 from tests.front.door import Echo
 from transfer import unitlist
 from transfer.home import Home
@@ -201,3 +202,18 @@ def test_what_a_source_dispatched_is_named_by_the_source_not_by_a_list_of_ours(t
     assert what([ours], ", ") == 'Source <a href="/talaria/sources/ward-7">ward-7</a>'
     for paths in (["/data/<b>"], ["/data/a", ours], ["/batches/x.jsonl"], ["/data/sources/x/batches/x.txt"], []):
         assert what(paths, ", ") == ", ".join(paths) and not isinstance(what(paths, ", "), Markup)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "shown"),
+    [
+        ("dicomweb", {"url": "https://pacs.example.org:8443/dicom-web"}, "pacs.example.org:8443"),
+        ("dicomweb", {"url": "http://[2001:db8::1]:8042/dicom-web"}, "[2001:db8::1]:8042"),
+        ("dicomweb", {"url": "https://pacs.example.org/dicom-web"}, "pacs.example.org"),
+        ("s3", {"bucket": "studies", "endpoint_url": "http://127.0.0.1:9000"}, "127.0.0.1:9000 studies"),
+        ("dicom", {"host": "2001:db8::1", "port": 104, "aet_target": "A"}, "[2001:db8::1]:104 A"),
+    ],
+)
+def test_where_a_target_leads_is_said_with_its_port(kind: str, fields: dict[str, Any], shown: str) -> None:
+    """Two servers of one machine looked the same."""
+    assert leads_to(targetfile.make("one", {"type": kind, **fields})) == shown

@@ -77,7 +77,7 @@ class RetrievalPages(JobPage):
         from talaria.service import jobs
 
         document = await jobs.job_receipt(await self.site.office(request), request.path_params["id"], kinds=KINDS)
-        name = f"retrieval-{document['flow_run_id'][-12:]}.csv"
+        name = f"retrieval-{document['flow_run_id'][:13]}.csv"
         return saved_as(name, "text/csv", csv_text(COLUMNS, rows(document)))
 
 

@@ -83,4 +83,5 @@ def _row(one: Row) -> Row:
     """Return a source as lists show it."""
     state = "broken" if one["broken"] else "off" if not one["enabled"] else "failing" if one["problem"] else "ready"
     units = {name: count for name, count in one["units"].items() if count}
-    return one | {"state": state, "units": units, "targets": one.get("targets", [])}
+    routed = (name for route in one.get("routes", ()) for name in route["targets"])
+    return one | {"state": state, "units": units, "targets": list(dict.fromkeys([*one.get("targets", ()), *routed]))}
