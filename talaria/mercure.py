@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from blocks import TYPES
+from transfer.errors import Misconfigured
 
 # mercure's fields by ours.
 _AT = {"host": "ip", "port": "port", "aet_target": "aet_target", "aet_source": "aet_source"}
@@ -34,6 +37,24 @@ def is_mercure(document: Any) -> bool:
     if not isinstance(targets, dict) or not all(isinstance(one, dict) for one in targets.values()):
         return False
     return any("target_type" in one for one in targets.values())
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return the configuration in a file.
+
+    Raises:
+        Misconfigured: it is none.
+    """
+    try:
+        document = json.loads(file.read_text("utf-8-sig"))
+    except ValueError:  # also what is not UTF-8; no word of it, as it may hold a password
+        document = None
+    except OSError as exc:
+        raise Misconfigured(f"{file}: {exc.strerror}") from exc
+    if not is_mercure(document):
+        raise Misconfigured(f"{file} is no configuration of mercure's: its `targets` have each a `target_type`")
+    found: dict[str, Any] = document
+    return found
 
 
 def targets(document: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:

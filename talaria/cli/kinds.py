@@ -41,13 +41,19 @@ def add_apply(app: typer.Typer, kind: str, section: str, example: str) -> None:
         options: dict[str, Any] = {"dry_run": dry_run, "replace": replace, "prune": prune}
         with api() as access:
             done = access.call(f"apply_{kind}", **{kind: values}, **options)
-        if as_json:
-            print_json(done)
-            return
-        for one in done[kind]:
-            print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
-            if note := one.get("note"):
-                say(f"{one['name']}: {note}")
+        print_applied(done, kind, as_json)
+
+
+def print_applied(done: dict[str, Any], kind: str, as_json: bool) -> None:
+    """Print what was done, or would be, with each of those that a file lists."""
+    if as_json:
+        print_json(done)
+        return
+    for one in done[kind]:
+        would = "would be " if done["dry_run"] and one["action"] != "unchanged" else ""
+        print(f"{one['name']}: {would}{one['action']}")
+        if note := one.get("note"):
+            say(f"{one['name']}: {note}")
 
 
 def print_done(done: dict[str, Any], as_json: bool) -> None:

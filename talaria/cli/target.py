@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import add_apply, print_done, shown, types_of
+from talaria.cli.kinds import add_apply, print_applied, print_done, shown, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, checked, enabled, given_value, print_json, table
 from talaria.console import say
 
@@ -48,6 +48,28 @@ def types(as_json: Json = False) -> None:
 
 
 add_apply(app, "targets", "targets", "talaria target apply targets.yaml --dry-run")
+
+
+@app.command("import-mercure", epilog="Example: talaria target import-mercure mercure.json --dry-run")
+def import_mercure(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Configuration of mercure's (mercure.json).")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace those of another type that have the same name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Create or update the targets of a mercure configuration; says what does not come along."""
+    from talaria import mercure
+
+    found, notes = mercure.targets(mercure.read(file))
+    for note in notes:
+        say(note)
+    with api() as access:
+        done = access.call("apply_targets", targets=found, dry_run=dry_run, replace=replace, prune=False)
+    print_applied(done, "targets", as_json)
 
 
 @app.command("list", epilog="Example: talaria target list --json")

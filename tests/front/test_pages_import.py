@@ -234,3 +234,29 @@ def test_only_a_mercure_configuration_is_taken_for_one() -> None:
     assert mercure.is_mercure(MERCURE)
     for other in (None, [], {}, {"targets": []}, {"targets": {"a": 1}}, {"targets": {"a": {"type": "folder"}}}):
         assert not mercure.is_mercure(other)
+
+
+def test_the_command_does_what_the_page_does(up: Talaria, tmp_path: Path) -> None:
+    file = tmp_path / "mercure.json"
+    one = {"target_type": "folder", "folder": str(tmp_path / "out"), "exclusion_filter": "*.png"}
+    file.write_text(json.dumps({"targets": {"By Command": one, "none": {"target_type": "dummy"}}, "rules": {"a": {}}}))
+    ran = up.here("target", "import-mercure", str(file), "--dry-run")
+    assert (ran.returncode, ran.stdout) == (0, "by-command: would be created\n")
+    assert ran.stderr.splitlines() == [
+        "By Command is called by-command here",
+        "none: there is no type like mercure's dummy",
+        "rules do not come along: 1",
+    ]
+    (done,) = up.told("target", "import-mercure", str(file))["targets"]
+    assert (done["name"], done["action"]) == ("by-command", "created")
+    assert up.told("target", "show", "by-command")["exclude"] == "*.png"
+    up.told("target", "remove", "by-command")
+
+
+@pytest.mark.parametrize(
+    "text", ["targets: {a: {type: folder}}", '{"targets": {}}', '{"targets": {"a": {}}}', "\xff", "[]"]
+)
+def test_what_is_no_configuration_of_mercure_s_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mercure.json").write_text(text, "latin-1")
+    with pytest.raises(Misconfigured, match=r"mercure\.json is no configuration of mercure's"):
+        mercure.read(tmp_path / "mercure.json")
