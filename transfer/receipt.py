@@ -236,7 +236,7 @@ class PushReport:
         self._begun = time.monotonic()
         self.cancelled = cancelled or threading.Event()
         self.pausing = pausing or threading.Event()
-        self._between, self._thread = between or threading.Event(), threading.local()
+        self._between, self._thread, self._threads = between or threading.Event(), threading.local(), 0
         self.outcomes: dict[str, Outcome] = {}
         self.revoked: set[str] = set()  # paths of what had been confirmed, and is not there
 
@@ -292,11 +292,20 @@ class PushReport:
 
         What can be gone on with at the byte where it was left, or is seen by nobody until it is whole, needs no end.
         """
+        with self._lock:
+            self._threads += 1
         self._thread.under_way = True
         try:
             yield
         finally:
             self._thread.under_way = False
+            with self._lock:
+                self._threads -= 1
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether some thread sends items that are to come to their end."""
+        return self._threads > 0
 
     def receipt(
         self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()

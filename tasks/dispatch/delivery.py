@@ -117,6 +117,7 @@ class Delivery:
         self._put_off: dict[str, str] = {}
         self._before: frozenset[str] | None = None
         self._last: Receipt | None = None
+        self._report: PushReport | None = None  # of the attempt that was begun last
         self._furthest = 0  # most bytes of a failed attempt
         self._begun: float | None = None  # when the first attempt began, in monotonic seconds
         self._ended = 0.0  # when the last step ended
@@ -161,8 +162,8 @@ class Delivery:
                 # Rejected in this run: not at the target, but not sent again either.
                 reported = ((item.path, self._reported.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in reported if outcome and not outcome.arrived}
-                kept = self._unanswered, self.paused, self._put_off, self._tries
-                report = PushReport(self._record, self.cancelled, self.moved, *kept, self.ledger.together, self.paused)
+                kept = self._unanswered, self.paused, self._put_off, self._tries, self.ledger.together, self.paused
+                self._report = report = PushReport(self._record, self.cancelled, self.moved, *kept)
                 report.check()
                 with self.ledger.together():
                     for item in self.refused:
@@ -251,6 +252,11 @@ class Delivery:
     def ends(self) -> None:
         """Count the delivery's time up to now."""
         self._ended = time.monotonic()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether items are being sent that a pause is to wait for."""
+        return self._report is not None and self._report.is_under_way
 
     @property
     def reason(self) -> DispatchError | None:

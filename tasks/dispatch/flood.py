@@ -86,6 +86,7 @@ class Flood(Delivery):
         self._why: DispatchError | None = None  # what the last study failed for that is tried again
         self._given_up: DispatchError | None = None  # what a study failed for that is not; the worst of all
         self._in_row, self._most = 0, IN_ROW  # studies that have failed since one arrived, and how many may
+        self._sending: dict[str, Delivery] = {}  # by study
         self._guard = threading.Lock()
         self.progress.items, self.progress.size = len(studies.all), 0
         self.progress.add(done=len(self._settled))
@@ -157,7 +158,8 @@ class Flood(Delivery):
                 self._stumbles(study, Receipt(self.target.name, (), error=exc.message, missing=1), exc)
                 return
             self.ledger.runs.begins_study(self.run, plan.dispatch_id)
-            delivery = self._delivery(study, plan)
+            self._sending[study.name] = delivery = self._delivery(study, plan)
+            stack.callback(self._sending.pop, study.name)
             audited.delivery_begins(delivery, self.run, self.who)
             try:
                 delivery.push()
@@ -236,6 +238,11 @@ class Flood(Delivery):
     def may_go_on(self) -> bool:
         """Whether another attempt is left, and a study for it."""
         return super().may_go_on and len(self._settled) < len(self.studies.all)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether items of some study are being sent that a pause is to wait for."""
+        return any(one.is_under_way for one in [*self._sending.values()])
 
     @property
     def reason(self) -> DispatchError | None:

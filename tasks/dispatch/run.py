@@ -264,6 +264,7 @@ class Dispatch:
             # Once a push has begun, its own retries decide; before, a server that is away is waited for.
             if not delivery.hook_tries or not delivery.wants_hook:  # else everything has arrived in an earlier part
                 await self._pausable(
+                    delivery,
                     patiently(lambda: self._push(delivery), lambda: delivery.attempts > began),
                     # It waits for a slot of the target, or for its next attempt: no driver is at work.
                     idle=lambda: delivery.attempts == began or delivery.error is not None,
@@ -314,11 +315,11 @@ class Dispatch:
     def _stops(self) -> bool:
         return self.cancelled.is_set() or self.paused.is_set()
 
-    async def _pausable(self, work: Awaitable[R], idle: Callable[[], bool]) -> R:
+    async def _pausable(self, delivery: Delivery, work: Awaitable[R], idle: Callable[[], bool]) -> R:
         """Wait for a push; when the run is paused, until the items under way are sent: they would be sent again."""
 
         def stops() -> bool:
-            return self.cancelled.is_set() or (self.paused.is_set() and idle())
+            return self.cancelled.is_set() or (self.paused.is_set() and (idle() or not delivery.is_under_way))
 
         return await stoppable(work, stops, lambda: 0.0 if idle() else GRACE_S)
 

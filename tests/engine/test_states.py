@@ -295,22 +295,28 @@ def test_a_process_that_ends_says_of_no_dispatch_that_it_was_cancelled(
     assert not (up.home / "failed" / run_id).exists()
 
 
-@pytest.mark.parametrize("where", ["run.studies_of", "run.deadletters.instead", "keeping._kept"])
-def test_a_dispatch_is_cancelled_while_the_share_of_its_files_hangs(
-    up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+@pytest.mark.parametrize(
+    ("where", "state_name"),
+    [
+        *((one, "Cancelled") for one in ("run.studies_of", "run.deadletters.instead", "keeping._kept")),
+        ("folder._Push.run", "Paused"),
+    ],
+)
+def test_a_dispatch_is_cancelled_or_paused_while_a_share_hangs(
+    up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, state_name: str
 ) -> None:
-    """As a hard mount does that is away: no call returns until it is back."""
-    name = f"hangs-{where.replace('.', '-').replace('_', '')}"
+    """As a hard mount does that is away, of its files or a target's: no call returns until it is back."""
+    name = f"hangs-{where.replace('.', '-').replace('_', '').lower()}"
     studies.ct(tmp_path / "study" / "one", 1)
     gone = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", "max_attempts": 1}
-    up.apply(**{name: gone})
+    up.apply(**{name: folder(tmp_path / "shelf") if "folder" in where else gone})
     entered, back = threading.Event(), threading.Event()
 
     def hangs(*_: Any) -> None:
         entered.set()
         back.wait()
 
-    monkeypatch.setattr(f"tasks.dispatch.{where}", hangs)
+    monkeypatch.setattr(f"tasks.{where}" if "folder" in where else f"tasks.dispatch.{where}", hangs)
 
     async def ended() -> State[Any] | None:
         async with get_client() as client:
@@ -322,14 +328,16 @@ def test_a_dispatch_is_cancelled_while_the_share_of_its_files_hangs(
                 while not entered.is_set():
                     assert not runs_here.done()
                     await asyncio.sleep(0.05)
-                await client.set_flow_run_state(flow_run.id, Cancelling(), force=True)
-                running.flag(str(flow_run.id)).set()
+                pauses = state_name == "Paused"
+                state = State(type=StateType.RUNNING, name=running.PAUSING) if pauses else Cancelling()
+                await client.set_flow_run_state(flow_run.id, state, force=True)
+                (running.pause if pauses else running.flag)(str(flow_run.id)).set()
                 return await asyncio.wait_for(runs_here, as_loaded(30))
             finally:
                 back.set()
 
     state = asyncio.run(ended())
-    assert state is not None and state.is_cancelled()
+    assert state is not None and state.name == state_name
 
 
 @pytest.mark.parametrize("where", ["run.studies_of", "stage.scan", "delivery.Plan.open", "keeping._kept"])
