@@ -32,6 +32,7 @@ from talaria.engine.unique import UniqueNames
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
+FOLLOWED = 5000  # events that wait for one follower; all followers have the same objects
 TURN_S = 10  # longest wait for one's turn; SQLite's own lock decides after that
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -41,6 +42,7 @@ def create_app() -> tuple[Application, Any]:
     from prefect.server.api.server import create_app as prefects_own
 
     let_writers_wait()
+    let_followers_hear_bursts()
     let_types_name_their_operators()
     pass_times_on_plainly()
     set_sqlite_up()
@@ -67,6 +69,16 @@ def let_writers_wait() -> None:
     """Make every transaction of this process that may write wait for those before it, first come, first served."""
     # A private name of Prefect's: tests/engine/test_api.py fails when it changes.
     AioSqliteConfiguration.begin_transaction = _begin_transaction  # type: ignore[method-assign]
+
+
+def let_followers_hear_bursts() -> None:
+    """Let more events wait for each of those who follow them; beyond, Prefect drops them without a word.
+
+    Of its 256, a follower loses most when a thousand runs are made or cancelled: our workers, pages and scripts.
+    """
+    from prefect.server.events import stream
+
+    stream.SUBSCRIPTION_BACKLOG = FOLLOWED  # it is read for each subscription
 
 
 @asynccontextmanager

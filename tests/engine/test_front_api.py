@@ -9,10 +9,12 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from functools import lru_cache
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import jsonschema
@@ -36,6 +38,7 @@ from transfer.home import Home
 
 pytestmark = pytest.mark.timeout(600)
 CREATES, CLIENTS = 60, 16
+BURST = 700  # events
 OTHERS = (
     ("GET", "/sources", None),
     ("GET", "/source-types", None),
@@ -186,6 +189,24 @@ def test_scripts_hear_all_that_happens_and_what_they_have_missed(
     assert last not in {number for number, _, _ in seen}
     assert "Scheduled" in [one["state"] for _, name, one in seen if name == "run" and one["id"] == missed]
     hear("", headers={"Last-Event-ID": "2999-01-01T00:00:00Z/x"})  # of a clock that was ahead
+
+
+@pytest.mark.timeout(120)
+def test_scripts_hear_each_event_of_a_burst(up: Talaria, api: httpx.Client) -> None:
+    """As when many runs are made or cancelled at once: Prefect drops what is beyond 256 for a follower."""
+    resource = {"prefect.resource.id": "talaria.target.burst", "prefect.resource.name": "burst"}
+    common = {"event": "talaria.burst", "resource": resource, "occurred": datetime.now(UTC).isoformat()}
+    burst = [{**common, "id": str(uuid4()), "payload": {"number": number}} for number in range(BURST)]
+    heard = list[int]()
+    with api.stream("GET", "/events") as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: open"
+        up.as_worker("POST", "/events", burst)
+        while BURST - 1 not in heard:
+            line = next(lines)
+            if line.startswith("data: ") and "number" in line:
+                heard.append(json.loads(line[6:])["number"])
+    assert heard == list(range(BURST))
 
 
 @pytest.mark.timeout(120)

@@ -242,7 +242,7 @@ class Talaria:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
-    def as_worker(self, method: str, path: str, body: dict[str, Any]) -> Any:
+    def as_worker(self, method: str, path: str, body: Any) -> Any:
         """Call the Prefect API as our own processes do: what they save has been validated, and is not looked at."""
         user, _, password = (self.home / "worker.auth").read_text().strip().partition(":")
         answer = _client.request(method, self.url + path, json=body, auth=(user, password), timeout=300)
