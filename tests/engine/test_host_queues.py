@@ -157,7 +157,7 @@ def test_what_another_host_has_is_sent_elsewhere_by_that_one(
     kept.labels[KEPT] = "/home/there/failed/1/files"
     runs = {"own": a_run("normal@there", tmp_path), "kept": kept, "ours": a_run("normal@here", tmp_path)}
 
-    async def found(office: Office, job: str, kinds: tuple[str, ...]) -> FlowRun:
+    async def found(office: Office, job: str) -> FlowRun:
         return (runs | {"source": by_source})[job]
 
     async def create(office: Office, **asked: Any) -> dict[str, Any]:
