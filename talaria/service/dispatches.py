@@ -69,7 +69,7 @@ async def create_dispatch(
         check_origin(target, Origin(sender_aet, receiver_aet, sender_host))
         check_hours(target, priority)
     if office.embedded and not host:  # else the files are another machine's
-        await _answer(paths)
+        await answer(paths)
         await asyncio.to_thread(_look, paths, each, patterns(exclude))
     parameters = {
         "paths": paths,
@@ -91,7 +91,7 @@ async def create_dispatch(
     return {"run": line(flow_run)} | trimmed(document or await _of_queue(office, flow_run, targets))
 
 
-async def _answer(paths: list[str]) -> None:
+async def answer(paths: list[str]) -> None:
     """Check that the shares answer that paths lie in: a look there would not end, and take a thread of the server.
 
     Raises:
@@ -197,7 +197,7 @@ async def plan_dispatch(
     for target in found:
         check_destination(target)
         check_origin(target, origin)
-    await _answer(paths)
+    await answer(paths)
     if each:
         return await asyncio.to_thread(_plan_flood, paths, Each(each), patterns(exclude), origin, found)
     plan = await asyncio.to_thread(scan, paths, patterns(exclude), origin)

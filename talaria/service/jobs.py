@@ -16,7 +16,7 @@ from prefect.exceptions import PrefectException
 
 from talaria.engine import hosts, recovery, runs
 from talaria.service import Office, recorded
-from talaria.service.dispatches import create_dispatch
+from talaria.service.dispatches import answer, create_dispatch
 from talaria.service.results import line, result
 from talaria.settings import POOL
 from tasks.dispatch import breaker, progress, rest
@@ -140,6 +140,7 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
 
     Raises:
         NotFound: all of what a source has dispatched has left it. Misconfigured: that source is another host's.
+        SourceAway: the share of the files does not answer.
     """
     flow_run = await found(office, job)
     if (kind := runs.kind_of(flow_run)) != "dispatch":
@@ -151,8 +152,11 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
         check_destination(target)  # before anything is kept for it
         check_origin(target, origin)
         check_hours(target, str(asked.get("priority", "")))
+    host = hosts.where_it_waits(flow_run)
+    if not host:  # else the files are another machine's
+        await answer(asked["paths"])
     of_source = asked.get("each") == Each.UNIT and not all(map(is_list, asked["paths"]))
-    if host := hosts.where_it_waits(flow_run):
+    if host:
         if of_source:
             raise Misconfigured(
                 f"what it sent is in a source of the host {host}: `talaria jobs send {flow_run.id}` there"

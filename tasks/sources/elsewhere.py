@@ -15,9 +15,10 @@ from pathlib import Path
 from prefect.client.orchestration import PrefectClient
 
 from blocks import Source
+from tasks.sources.checks import places_of
 from tasks.sources.saved import KEPT
 from tasks.sources.units import root, units
-from transfer import deadstudies, unitlist
+from transfer import deadstudies, silent, unitlist
 from transfer.beneath import resolved
 from transfer.deadletters import Lent, read_by
 from transfer.deadstudies import listed_or_kept
@@ -29,6 +30,7 @@ from transfer.studies import Each, FloodStudy
 from transfer.unitlist import ListedUnit
 
 LIST = "units.jsonl"
+ANSWER_S = 10.0  # for the server of a share: somebody waits for the answer
 
 
 async def lent_units(client: PrefectClient, home: Home, paths: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -40,6 +42,7 @@ async def lent_units(client: PrefectClient, home: Home, paths: Sequence[str], ke
 
     Raises:
         NotFound: the source has none of them, or is gone. DispatchError: it can't be looked through.
+        SourceAway: the share of one does not answer.
         Busy: there is no room for links to what was received.
     """
     lists = [Path(one) for one in paths]
@@ -50,6 +53,7 @@ async def lent_units(client: PrefectClient, home: Home, paths: Sequence[str], ke
                 raise NotFound("what was kept for it has gone: send the dispatch that it was sent from")
             name = unitlist.source_of(one)
             (sources[name],) = await KEPT.load(client, [name], secrets=False)
+    await silent.check([place for source in sources.values() for place in places_of(source)], ANSWER_S)
     return await asyncio.to_thread(_lent, home, lists, sources, keys)
 
 

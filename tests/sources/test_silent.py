@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,13 +18,13 @@ from blocks.list_source import ListSource
 from blocks.source import Source
 from talaria.engine.sweeping import _Sweeping
 from talaria.front.api.errors import answer_to
-from talaria.service import Office, dispatches
+from talaria.service import Office, dispatches, jobs
 from talaria.service import sources as service
 from tasks.dispatch import line, running
 from tasks.dispatch.ends import refusal
 from tasks.dispatch.run import Dispatch
 from tasks.retrieve import moving
-from tasks.sources import belonging, run
+from tasks.sources import belonging, elsewhere, run
 from tasks.sources.saved import KEPT
 from transfer import silent, unitlist
 from transfer.errors import Cancelled, Misconfigured, SourceAway
@@ -165,6 +166,38 @@ def test_who_asks_for_a_dispatch_is_told(share: Share, monkeypatch: pytest.Monke
         with pytest.raises(SourceAway, match="does not answer") as away:
             asyncio.run(ask(office, [str(share.folder / "study")], ["shelf"]))
         assert answer_to(away.value)[0] == 503
+    assert share.looks == 1
+
+
+@pytest.mark.parametrize("each", ["", "folder", "unit"])
+def test_who_sends_a_dispatch_to_other_targets_is_told(
+    tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch, each: str
+) -> None:
+    """Its files are looked at before the other dispatch is made: nobody was answered, and a thread waited there."""
+    path = str(tmp_path / "gone" / "units.jsonl") if each == "unit" else str(share.folder / "study")
+    asked = {"paths": [path], "targets": ["shelf"], "each": each}
+    job = SimpleNamespace(id="run", parameters=asked, labels={}, tags=[])
+
+    def returns(value: Any) -> Any:
+        async def found(*_: Any, **__: Any) -> Any:
+            return value
+
+        return found
+
+    monkeypatch.setattr(jobs, "found", returns(job))
+    monkeypatch.setattr(jobs, "load", returns([]))
+    monkeypatch.setattr(jobs, "result", returns({"studies": [{"study": "study"}]}))
+    monkeypatch.setattr(jobs.runs, "kind_of", lambda _: "dispatch")
+    monkeypatch.setattr(jobs.hosts, "where_it_waits", lambda _: "")
+    monkeypatch.setattr(KEPT, "load", returns([box(share.folder)]))
+    monkeypatch.setattr(elsewhere.unitlist, "source_of", lambda _: "box")
+    for name in ("lent_studies", "deadletters.lend"):
+        monkeypatch.setattr(f"talaria.service.jobs.{name}", lambda *_: share.wait())
+    monkeypatch.setattr(elsewhere, "_lent", lambda *_: share.wait())
+    monkeypatch.setattr(dispatches, "ANSWER_S", 0.0)
+    monkeypatch.setattr(elsewhere, "ANSWER_S", 0.0)
+    with pytest.raises(SourceAway, match="does not answer"):
+        asyncio.run(jobs.send_job(Office(cast(Any, None), Home(tmp_path / "home")), "run", ["shelf"]))
     assert share.looks == 1
 
 
