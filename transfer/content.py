@@ -131,7 +131,7 @@ def same_content(one: int, other: int | Path, check: Callable[[], None] = lambda
         check: called between pieces; may raise to stop.
     """
     if isinstance(other, Path):
-        with open(other, "rb", buffering=0) as file:
+        with open(other, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             return same_content(one, file.fileno(), check)
     if os.fstat(one).st_size != os.fstat(other).st_size:
         return False

@@ -39,6 +39,7 @@ OUTSIDE = "it lies outside the source's folder"
 MOST_NAMES = 1000  # tried for a file whose name is taken where it is moved to
 NAMED = 3  # files that a sentence names
 PERMISSIONS = 0o777
+READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # a pipe may have taken the place of a file
 _NAME_BYTES = 100  # of a file, that show in our name for it: of encrypted folders some take 143 in all, others 255
 
 
@@ -265,7 +266,7 @@ def _move(folder: int, taken: str, tree: Tree, final: str) -> None:
         with suppress(OSError):  # a share that knows no permissions
             tree.own_folder(made, os.fstat(tree.fd).st_mode & PERMISSIONS, None)
     stem, dot, suffix = final.rpartition(".") if "." in final.rpartition("/")[2] else (final, "", "")
-    fd = os.open(taken, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    fd = os.open(taken, READ, dir_fd=folder)
     try:
         for number in range(MOST_NAMES):
             place = final if not number else f"{stem}.{number}{dot}{suffix}"
@@ -367,7 +368,7 @@ def holds(there: tuple[int, int, str] | None, one: FileFacts) -> bool:
     if not there[2]:
         return True
     try:
-        with open(one.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
+        with open(one.path, "rb", opener=lambda path, _: os.open(path, READ)) as file:
             return sha256(file.fileno()) == there[2]
     except OSError:
         return False
