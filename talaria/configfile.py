@@ -75,6 +75,9 @@ def sections(text: str, path: str) -> dict[str, dict[Any, Any]]:
     keys = " or ".join(f"`{name}`" for name in SECTIONS)
     if not isinstance(document, dict) or not document:
         raise Misconfigured(f"{path}: expected a mapping with the key {keys}")
+    targets = document.get("targets")
+    if isinstance(targets, dict) and any(isinstance(one, dict) and "target_type" in one for one in targets.values()):
+        raise Misconfigured(f"{path}: is a configuration of mercure's: `talaria target import-mercure` takes it")
     for name, entries in document.items():
         if name not in SECTIONS:
             raise Misconfigured(f"{path}: unknown key {str(name)[:SHOWN]!r}: expected {keys}")

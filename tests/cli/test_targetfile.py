@@ -157,3 +157,11 @@ def test_yes_is_no_number(kind: Any, types: Any, values: str, words: str) -> Non
     with pytest.raises(Misconfigured) as caught:
         targetfile.entry(kind, types, "a", yaml.safe_load(values))
     assert words in str(caught.value) and ";" not in str(caught.value)
+
+
+def test_mercure_s_configuration_is_said_to_be_one(tmp_path: Path) -> None:
+    """It was `unknown key 'rules'`, or nothing that said what to do."""
+    path = tmp_path / "mercure.json"
+    path.write_text('{"rules": {}, "targets": {"pacs": {"target_type": "dicom", "ip": "10.1.2.3"}}}')
+    with pytest.raises(Misconfigured, match="`talaria target import-mercure` takes it"):
+        configfile.read_filled(path)
