@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from blocks import Target
 from talaria.engine import runs
+from talaria.engine.recovery import elsewhere
 from talaria.service import Office
 from talaria.service.queueing import queued
 from talaria.service.results import line, outcome, result
@@ -142,7 +143,7 @@ async def _planned(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
         What is known of the dispatch; None if a worker elsewhere has it.
     """
     loop = asyncio.get_running_loop()
-    begun, run_id = loop.time(), str(flow_run.id)
+    begun, run_id, is_here = loop.time(), str(flow_run.id), office.embedded
     while (waited := loop.time() - begun) < UNPLANNED_S:
         plan = await asyncio.to_thread(live.read, office.home, run_id, live.PLAN)
         if plan is not None:
@@ -152,6 +153,10 @@ async def _planned(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
             return await result(office, flow_run)
         if (office.alone or waited > UNTAKEN_S) and not runs.under_way(flow_run):
             return await _read_here(office, flow_run) if office.embedded else None
+        if not is_here and runs.under_way(flow_run):
+            if await elsewhere(office.client, flow_run, online=False):
+                return None
+            is_here = True
         await asyncio.sleep(PLAN_S)
         flow_run = await office.client.read_flow_run(flow_run.id)
     return None
