@@ -38,6 +38,7 @@ _SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?[Ee]\+\d+(?!\w)")
 # As programs write lists: ['A1', 'A2'], accession IN ('A1', 'A2').
 _BRACKETS = re.compile(r"\s*(?:[\w.]+\s*=\s*|(?:[\w.]+\s+)?in\s*)?[\[(]([^\[\](){}]+)[\])]\s*;?\s*", re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"\n\r]*"')
+_USUAL = re.compile(r"(?=[^0-9]*[0-9])[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*")  # no part can be taken for anything else
 STANDARD_INPUT = Path("-")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
@@ -134,7 +135,12 @@ def pasted(numbers: Iterable[str]) -> str:
 
 
 def _is_plain(number: str) -> bool:
-    """Return True if a number is taken as it is, also as the first or the last one of several."""
+    """Return True if a number is taken as it is, also as the first or the last one of several.
+
+    Most are usual ones: to read each in three lists takes seconds of thousands, in which a server answers nobody.
+    """
+    if _USUAL.fullmatch(number):
+        return len(number) <= MOST_CHARS
     try:
         around = accessions(f"{number}\n0A"), accessions(f"0A\n{number}")
         return accessions(number) == (number,) and around == ((number, "0A"), ("0A", number))

@@ -336,3 +336,12 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
     for path in (tmp_path / "list.xlsx", tmp_path / "none.txt", tmp_path):
         with pytest.raises(Misconfigured):
             from_file(path)
+
+
+def test_thousands_of_numbers_are_written_as_a_text_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, read = [*(f"CT-2026_{number:06d}" for number in range(2000)), "SUM-12", "Total 2"], list[str]()
+    monkeypatch.setattr("transfer.accessions.without_remarks", lambda lines, titled: (read.append("one"), [*lines])[1])
+    pasted(numbers)
+    assert len(read) <= 6, "each number was read as lists of its own: a server answers nobody meanwhile"
+    monkeypatch.undo()
+    assert accessions(pasted(numbers)) == tuple(numbers)
