@@ -121,12 +121,13 @@ class Listeners:
             file system answers.
         """
         troubles: dict[str, str] = {}
-        marks = asyncio.run(silent.looked(_mark, [one for port in self._ports.values() for one in port.security]))
+        paths = [path for port in self._ports.values() for path in _paths(port.security)]
+        marks = asyncio.run(silent.looked(_mark, paths))
         for place, port in self._ports.items():
             here = [one for one in self._sources.values() if one.place == place and one.security == port.security]
-            if not here or not marks.keys() >= set(port.security):
+            if not here or not marks.keys() >= set(_paths(port.security)):
                 continue
-            files = tuple(marks[one] for one in port.security)
+            files = tuple(marks[one] for one in _paths(port.security))
             if files == port.files:
                 continue
             try:
@@ -277,13 +278,19 @@ class Listeners:
 
 def _files(security: tuple[str, ...]) -> tuple[object, ...]:
     """Return marks of the files that settings of TLS name: others if one of them is replaced, or written to."""
-    return tuple(map(_mark, security))
+    return tuple(map(_mark, _paths(security)))
+
+
+def _paths(security: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those settings of TLS that are paths; not the password, or PEM text: of one that is slow the log tells."""
+    cert, key, _, ca, _ = security or ("",) * 5
+    return tuple(one for one in (cert, key, ca) if one and "-----BEGIN" not in one)
 
 
 def _mark(path: str) -> object:
     try:
         info = Path(path).stat()
-    except (OSError, ValueError):  # it is PEM text, a profile, or gone
+    except (OSError, ValueError):  # it is gone
         return None
     return info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
@@ -295,6 +296,25 @@ def test_a_renewed_certificate_is_shown_when_it_is_whole(
     assert listeners.renew() == {} and "new" in shown()
     listeners.apply([source("ct", port, **tls)])
     assert "new" in shown() and listeners.renew() == {}
+
+
+def test_a_look_for_renewed_files_logs_no_key_where_it_is_slow(
+    listeners: Listeners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaf, port, stat = Authority(tmp_path / "ca").leaf("one"), free_port(), os.stat
+    key, asked = leaf.key.read_text(), list[str]()
+    listeners.apply([source("ct", port, tls_cert=str(leaf.cert), tls_key=key)])
+
+    def slow(path: Any, **more: Any) -> os.stat_result:
+        asked.append(str(path))
+        if str(path) == key:
+            time.sleep(0.5)
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "stat", slow)
+    monkeypatch.setattr(silent, "LOOK_S", 0.1)
+    assert listeners.renew() == {}
+    assert str(leaf.cert) in asked and key not in asked and key.splitlines()[1][:20] not in caplog.text
 
 
 def test_that_a_renewed_certificate_stays_unfit_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
