@@ -209,6 +209,10 @@ class Job:
                 one.reason = one.doubt = ""
             if one.stage is Stage.FOUND and one.accession.casefold() in asked and one.accession not in self.pending:
                 self.pending.append(one.accession)
+        found = {uid for uid, one in self.studies.items() if one.stage is Stage.FOUND}
+        anew = [number for number, uid in self.also.items() if uid in found]
+        self.pending += anew  # they may be missing by now, and stand for it no more
+        self.also = {number: uid for number, uid in self.also.items() if number not in anew}
         self.searched = self.searched and bool(self.studies) and not self.unknown
 
     def forget(self, numbers: Iterable[str], found: Collection[str]) -> None:

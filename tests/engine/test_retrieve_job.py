@@ -93,3 +93,12 @@ def test_steps_of_a_state_that_was_damaged_belong_to_no_other(begun: Job) -> Non
     again.studies["7"] = Study("7")
     again.note()
     assert [*loaded().studies] == ["7"]
+
+
+def test_a_number_that_stood_for_a_study_which_is_gone_by_a_retry_is_missing(begun: Job) -> None:
+    begun.studies["1"].stage, begun.studies["2"].stage = Stage.FAILED, Stage.DELIVERED
+    begun.also, begun.ended = {"B1": "1", "B2": "2"}, True
+    begun.again(("A1", "B1", "A2", "B2"))
+    assert {"A1", "B1"} <= {*begun.pending} and begun.also == {"B2": "2"}
+    begun.forget(begun.pending, {"3", "4"})  # the source has deleted it
+    assert "1" not in begun.studies and begun.also == {"B2": "2"}
