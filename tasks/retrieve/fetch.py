@@ -250,7 +250,7 @@ class Fetcher:
         if self.unread:  # it is not known what there is
             self.job.error = self.unread
             return
-        self.job.searched = not failed
+        self.job.searched = True  # also where it failed for some: only a retry looks for these again
         self.job.save()
 
     def _each(self, uids: list[str]) -> tuple[list[Match], dict[str, str]]:

@@ -199,6 +199,8 @@ class Job:
         self.pending = [*self.pending, *self.missing, *self.failed]
         self.missing, self.failed, self.error = [], {}, ""
         asked = {number.strip().casefold() for number in numbers}
+        # Of those for which the search itself failed nothing is known.
+        unfound = any(not (one.accession or one.announced or one.instances) for one in self.studies.values())
         for one in self.studies.values():
             one.again = 0.0
             if one.stage is Stage.DELIVERED and not one.doubt:
@@ -213,7 +215,7 @@ class Job:
         anew = [number for number, uid in self.also.items() if uid in found]
         self.pending += anew  # they may be missing by now, and stand for it no more
         self.also = {number: uid for number, uid in self.also.items() if number not in anew}
-        self.searched = self.searched and bool(self.studies) and not self.unknown
+        self.searched = self.searched and bool(self.studies) and not (self.unknown or unfound)
 
     def forget(self, numbers: Iterable[str], found: Collection[str]) -> None:
         """Forget studies of accession numbers that were to be fetched once more, and are not found by them any more.

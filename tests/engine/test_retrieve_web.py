@@ -144,6 +144,9 @@ def test_a_study_at_which_a_search_fails_fails_alone_and_is_fetched_by_a_retry(s
     failed = [study for study in found.studies.values() if study.stage is Stage.FAILED]
     assert {study.study.rpartition(".")[2] for study in failed} == bad and all("500" in one.reason for one in failed)
     assert not found.error and not found.unknown
+    before = len(server.requests)
+    retrieved(server, **wish)  # a later part of the same run, as after a pause
+    assert len(server.requests) == before
     server._usual = usual  # type: ignore[method-assign]
     found.ended = True
     found.save()
