@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterWorkQueueName
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, DeploymentFilterWorkQueueName
 from prefect.client.schemas.sorting import DeploymentSort
 from prefect.exceptions import ObjectNotFound
 
@@ -87,8 +87,17 @@ class Unqueued:
             body = _wanted(ours) | page | {"sort": "EXPECTED_START_TIME_ASC"}
             return list((await self.client.request("POST", "/flow_runs/filter", json=body)).json())
 
-        found = [UUID(one["id"]) for one in await every(ask) if not one["work_queue_id"]]
-        return list(dict.fromkeys(found))  # one that goes meanwhile shifts the pages
+        found = {one["id"]: one for one in await every(ask) if not one["work_queue_id"]}  # who goes shifts the pages
+        deployments = await self._ours_of({str(one["deployment_id"]) for one in found.values() if one["deployment_id"]})
+        return [UUID(run_id) for run_id, one in found.items() if one["deployment_id"] in deployments]
+
+    async def _ours_of(self, ids: set[str]) -> set[str]:
+        """Return those deployments that are of our flows: another pool may have had a queue of the same name."""
+        if not ids:
+            return set()
+        wanted = DeploymentFilter(id=DeploymentFilterId(any_=[*map(UUID, sorted(ids))]))
+        there = await every(self.client.read_deployments, deployment_filter=wanted, sort=DeploymentSort.NAME_ASC)
+        return {str(one.id) for one in there if flow_at(one.entrypoint or "")}
 
 
 def _ours() -> set[str]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Scheduled
 
@@ -46,15 +47,32 @@ def test_it_is_made_again_and_its_runs_begin(up: Talaria, monkeypatch: pytest.Mo
             run = await client.create_flow_run_from_deployment(
                 deployed, parameters={"paths": [], "targets": []}, state=Scheduled(scheduled_time=datetime.now(UTC))
             )
+            # Another team's, whose pool had a queue of this name: it is none of ours to begin, or to fail.
+            await client.create_work_pool(WorkPoolCreate(name=HOST, type="process"))
+            await client.create_work_queue(name=QUEUE, work_pool_name=HOST)
+            theirs = await client.create_deployment(
+                flow_id=await client.create_flow_from_name(HOST),
+                name=HOST,
+                entrypoint="theirs.py:flow",
+                work_pool_name=HOST,
+                work_queue_name=QUEUE,
+            )
+            their_run = await client.create_flow_run_from_deployment(
+                theirs, state=Scheduled(scheduled_time=datetime.now(UTC))
+            )
+            await client.request("DELETE", f"/work_pools/{HOST}/queues/{QUEUE}")
             await client.request("DELETE", f"/work_pools/{POOL}/queues/{QUEUE}")
             due = Due(client, POOL, 4, due_at)
             assert await due.found(checks=False, others=True) == []
             await due.look_through()
             assert QUEUE in (await queues(client)).values()
-            assert run.id in {one.id for one in await due.found(checks=False, others=True)}
+            assert {one.id for one in await due.found(checks=False, others=True)} & {run.id, their_run.id} == {run.id}
             there = await client.read_deployment(deployed)
             assert (there.work_pool_name, there.work_queue_name) == (POOL, QUEUE)
             await client.set_flow_run_state(run.id, Cancelled(), force=True)
+            await client.delete_flow_run(their_run.id)
+            await client.delete_deployment(theirs)
+            await client.delete_work_pool(HOST)
             assert await due.found(checks=False, others=True) == []
             await client.delete_deployment(deployed)
             for name in (await queues(client)).values():
