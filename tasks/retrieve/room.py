@@ -65,13 +65,17 @@ class Room:
         as then nothing will make room.
         """
         here, lock = size_of(own)[1], threading.Lock()
-        left = self._left(own, here)
+        left, unseen = self._left(own, here), 0
+        step = self._reserve // LOOKS  # others fill the same disk meanwhile
 
         def moved(count: int) -> None:
-            nonlocal left, here
+            nonlocal left, here, unseen
             with lock:
-                here += count
-                if (left := left - count) > 0:
+                here, unseen = here + count, unseen + count
+                if (left := left - count) > 0 and unseen < step:
+                    return
+                unseen = 0
+                if left == math.inf or (left := min(left, self._free())) > 0:
                     return
                 left = self._left(own, here)  # others may have gone
                 if left <= 0:

@@ -40,6 +40,7 @@ from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, folder_of
 from tasks.retrieve.report import document
 from tasks.retrieve.report import report as report_retrieval
+from tasks.retrieve.room import Room
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
 from tests.servers import steps
@@ -709,6 +710,26 @@ def test_what_others_have_filled_of_the_state_directory_s_disk_is_waited_for(
         later = made(peer, numbers="S1", source_fields={"concurrency": 1})
         asyncio.run(asyncio.wait_for(later.run(), 60))
         assert stages(later) == {"S1": Stage.DELIVERED} and len(peer.asked(GET)) == 3
+
+
+def test_what_others_fill_of_the_disk_while_a_study_comes_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two retrievals that begin together see the same room; neither may take all of it beside the other."""
+    there, free, halts = os.statvfs(tmp_path), 10 << 30, list[int]()
+    whole = [there.f_bsize, 4096, 100 << 18, 0, 0, *there[5:]]
+
+    def asked(path: Any) -> Any:
+        return os.statvfs_result([*whole[:4], free // 4096, *whole[5:]])
+
+    monkeypatch.setattr(os, "statvfs", asked)
+    moved = Room(tmp_path / "spool", tmp_path).watch(tmp_path / "spool" / "S1", lambda: halts.append(free))
+    moved(1 << 20)
+    assert not halts
+    free = 1 << 30  # the reserve alone: the others have taken nine
+    for _ in range(32):
+        moved(1 << 20)
+    assert halts == [free]
 
 
 @pytest.mark.mounts
