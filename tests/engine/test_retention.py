@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -292,7 +293,8 @@ def test_where_there_is_no_room_for_a_long_log_all_the_rest_is_cleared(
 def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
     runs: list[dict[str, Any]] = [{"id": str(number), "parameters": {}} for number in range(2 * retention.PAGE + 1)]
     # What is kept of a run that has ended, and is to be sent by another one.
-    runs[-1]["parameters"] = {"paths": ["/state/failed/given-up/files", "/data"]}
+    given_up = str(uuid.uuid4())
+    runs[-1]["parameters"] = {"paths": [f"/state/failed/{given_up}/files", "/data"]}
     runs[0]["parameters"] = {"paths": "odd"}
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -305,7 +307,7 @@ def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://there/api") as client:
             return await retention.unfinished(client)
 
-    assert asyncio.run(ask()) == {run["id"] for run in runs} | {"given-up"}
+    assert asyncio.run(ask()) == {run["id"] for run in runs} | {given_up}
     assert set(ENDED) == {one.value for one in TERMINAL_STATES}
 
 
@@ -352,13 +354,13 @@ def test_the_command_asks_which_runs_go_on(
 ) -> None:
     """Nothing here tells of one that is paused, or of a retrieval that rests; nor who is to read what was kept."""
     home = Home(up.home)
-    letters = {name: home.root / "failed" / name / "files" for name in ("lent", "forgotten")}
-    for files in letters.values():
+    lent, forgotten = (home.root / "failed" / str(uuid.uuid4()) / "files" for _ in range(2))
+    for files in (lent, forgotten):
         studies.ct(files, 1)
     with archive(study("A1")) as peer:
         up.apply(src=source(peer, window=later(2)), by_night=folder(tmp_path / "archive", window=later(2)))
         rests = up.told("retrieve", "src", "--accession", "A1", "--to", "by-night", "--no-wait")["flow_run_id"]
-    reads = up.told("send", str(letters["lent"]), "--to", "by-night", "--no-wait")["flow_run_id"]
+    reads = up.told("send", str(lent), "--to", "by-night", "--no-wait")["flow_run_id"]
     for run_id in (rests, reads):
         up.until(lambda run_id=run_id: up.run(run_id)["state"]["name"] == "AwaitingRetry")
     flow = up.run(reads)["flow_id"]
@@ -366,18 +368,19 @@ def test_the_command_asks_which_runs_go_on(
     over = up.api("POST", "/flow_runs/", flow_id=flow, state={"type": "COMPLETED"})["id"]
     for run_id in (rests, paused, over):
         ended(home, plan, run_id, 3, monkeypatch)
-    for files in letters.values():
+    for files in (lent, forgotten):
         os.utime(files.parent, (time.time() - 3 * DAY_S,) * 2)
     without_server = unended(home)
     assert without_server is not None
-    assert {rests, paused, reads, "lent"} <= without_server and not {over, "forgotten"} & without_server
+    assert {rests, paused, reads, lent.parent.name} <= without_server
+    assert not {over, forgotten.parent.name} & without_server
     with monkeypatch.context() as patch:
         patch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://there/prefect")
         assert unended(home) is None
     done = up.told("prune", "--older-than", "2d")
     assert done["receipts"] and done["rows"]
     assert not home.receipt(over).exists() and not (home.root / "retrievals" / over).exists()
-    assert letters["lent"].exists() and not letters["forgotten"].exists()
+    assert lent.exists() and not forgotten.exists()
     with Ledger(home.ledger) as ledger:
         assert not ledger.results(f"dispatch-{over}")
         for run_id in (rests, paused):
