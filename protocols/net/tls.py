@@ -153,7 +153,7 @@ def load_ca(context: ssl.SSLContext, ca: str) -> None:
     """
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
-        if _is_pem(ca):
+        if is_pem(ca):
             context.load_verify_locations(cadata=ca)
         elif Path(ca).is_dir():
             context.load_verify_locations(capath=ca)
@@ -196,7 +196,7 @@ class _PemFile:
 
     def __init__(self, setting: str, value: str) -> None:
         self.fd = -1
-        if not _is_pem(value):
+        if not is_pem(value):
             self.path = value
             if not Path(value).is_file():
                 # A key that was pasted without its first line must not show up here.
@@ -212,12 +212,13 @@ class _PemFile:
             os.close(self.fd)
 
 
-def _is_pem(value: str) -> bool:
+def is_pem(value: str) -> bool:
+    """Return True for the text of a certificate or key, False for the path of its file."""
     return "-----BEGIN" in value
 
 
 def _name(value: str) -> str:
-    return "the PEM text" if _is_pem(value) else value
+    return "the PEM text" if is_pem(value) else value
 
 
 def _reason(exc: Exception) -> str:

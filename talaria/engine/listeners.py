@@ -24,7 +24,7 @@ from protocols.dimse.keeping import Terms
 from protocols.dimse.receivers import Receivers
 from protocols.dimse.scp import StorageScp
 from protocols.dimse.senders import KnownSender
-from protocols.net.tls import Tls
+from protocols.net.tls import Tls, is_pem
 from tasks.sources.dicom import security
 from tasks.sources.ports import clashes
 from transfer import silent
@@ -284,7 +284,7 @@ def _files(security: tuple[str, ...]) -> tuple[object, ...]:
 def _paths(security: tuple[str, ...]) -> tuple[str, ...]:
     """Return those settings of TLS that are paths; not the password, or PEM text: of one that is slow the log tells."""
     cert, key, _, ca, _ = security or ("",) * 5
-    return tuple(one for one in (cert, key, ca) if one and "-----BEGIN" not in one)
+    return tuple(one for one in (cert, key, ca) if one and not is_pem(one))
 
 
 def _mark(path: str) -> object:

@@ -20,6 +20,7 @@ from typing import Any
 from cryptography import x509
 
 from blocks import Source, Target
+from protocols.net.tls import is_pem
 from talaria.metrics import peers
 from talaria.metrics.peers import DAY_S, SeenCertificate
 from transfer import silent
@@ -106,7 +107,7 @@ def _of_peers(
 
 def _contents(given: Iterable[str]) -> dict[str, bytes]:
     """Return what stands in certificates, each a path or PEM text; nothing of a file that can't be read."""
-    texts = {one: one.encode() for one in given if "-----BEGIN" in one}
+    texts = {one: one.encode() for one in given if is_pem(one)}
     paths = {one: os.path.expanduser(one) for one in given if one and one not in texts}  # noqa: PTH111 - Path's raises
     read = asyncio.run(silent.looked(_read, paths.values())) if paths else {}
     return texts | {one: content for one, path in paths.items() if (content := read.get(path))}

@@ -17,9 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from blocks.rule import CommandRule
-from talaria.notify.errors import NotSent
+from talaria.notify.errors import NotSent, check_answers
 from talaria.notify.words import Letter
-from transfer import silent
 
 FOLDER = "TALARIA_NOTIFY_COMMANDS"
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -34,9 +33,8 @@ async def run(rule: CommandRule, one: Letter) -> None:
     Raises:
         NotSent: it may not be run, ends otherwise, or not in time, and then it is killed with all that it started.
     """
-    folder = os.environ.get(FOLDER, "")
-    if folder and folder not in await silent.looked(os.path.exists, [folder]):  # nobody would get an answer of us
-        raise NotSent(f"{folder}: its file system does not answer: is the server of its share away?")
+    if folder := os.environ.get(FOLDER, ""):
+        await check_answers(folder)
     path = allowed(rule.command)
     with tempfile.TemporaryFile() as given, _Printed() as said:
         given.write(json.dumps(one.document).encode() + b"\n")

@@ -6,10 +6,10 @@ import asyncio
 import os
 
 from blocks.rule import CommandRule, EmailRule, Rule, WebhookRule
+from protocols.net.tls import is_pem
 from talaria.notify import command, mail, webhook
-from talaria.notify.errors import NotSent
+from talaria.notify.errors import NotSent, check_answers
 from talaria.notify.words import Letter
-from transfer import silent
 
 MOST_S = 90.0  # for one try, whatever the other side does; less than a claim lasts
 WORDS_CHARS = 300
@@ -31,9 +31,8 @@ async def send(rule: Rule, one: Letter) -> None:
 
 
 async def _sent(rule: Rule, one: Letter) -> None:
-    ca = _file(getattr(rule, "ca_cert", ""))
-    if ca and ca not in await silent.looked(os.path.exists, [ca]):
-        raise NotSent(f"{ca}: its file system does not answer: is the server of its share away?")
+    if ca := _file(getattr(rule, "ca_cert", "")):
+        await check_answers(ca)
     if isinstance(rule, WebhookRule):
         await webhook.post(rule, one)
     elif isinstance(rule, EmailRule):
@@ -46,7 +45,7 @@ async def _sent(rule: Rule, one: Letter) -> None:
 
 def _file(cert: str) -> str:
     """Return the path of a certificate's file; "" of one that is given as text, or not at all."""
-    return "" if "-----BEGIN" in cert else os.path.expanduser(cert)  # noqa: PTH111 - Path's raises
+    return "" if is_pem(cert) else os.path.expanduser(cert)  # noqa: PTH111 - Path's raises
 
 
 def _without_secrets(rule: Rule, words: str) -> str:
