@@ -24,7 +24,7 @@ from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, PagedSearch
 from protocols.dicomweb.service import Service
 from protocols.net.hiding import forms
 from transfer.errors import DispatchError, Misconfigured, NotFound
-from transfer.query import series_tests, study_tests
+from transfer.query import AskedNumbers, series_tests, study_tests
 
 INSTANCES = "00201209"  # NumberOfSeriesRelatedInstances
 STUDY_UID, SERIES_UID, SOP_UID = UID_TAGS["studies"], UID_TAGS["series"], UID_TAGS["instances"]
@@ -142,11 +142,7 @@ class _Finder:
     def studies(self) -> Iterator[dict[str, Any]]:
         """Yield the studies whose own attributes match, each once; under each number that was asked for it."""
         seen: set[str] = set()
-        # Of several orders, servers show a study under the number that they are asked for.
-        numbers = (
-            {one.strip().casefold() for one in self.query.AccessionNumber} if self.query.level == "study" else set()
-        )
-        under: set[tuple[str, str]] = set()
+        numbers = AskedNumbers(self.query)
         asked: set[Keys] = set()
         for keys in self._study_keys():
             for wording in self._wordings(keys):
@@ -156,10 +152,10 @@ class _Finder:
                 found = 0
                 for study in self._studies_of(search, keys):
                     found += 1
-                    uid, number = str(study["StudyInstanceUID"]), text(study.get("AccessionNumber")).strip().casefold()
-                    if uid not in seen or (number in numbers and (uid, number) not in under):
+                    uid, number = str(study["StudyInstanceUID"]), text(study.get("AccessionNumber"))
+                    if uid not in seen or numbers.is_another(uid, number):
                         seen.add(uid)
-                        under.add((uid, number))
+                        numbers.show(uid, number)
                         yield study
                 asked.add(search.sent)
                 if found:

@@ -29,7 +29,7 @@ from protocols.dimse.unshown import UID_LIST, UnshownLetters
 from protocols.dimse.whole import LEAST, HasMore, WholeSearch
 from protocols.dimse.wording import worded
 from transfer.errors import Busy, DispatchError, Misconfigured
-from transfer.query import series_tests, study_tests
+from transfer.query import AskedNumbers, series_tests, study_tests
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -302,18 +302,16 @@ class PeerSearch:
         doubts = self._doubts("StudyInstanceUID", query, {})
         descriptions = self._study_descriptions
         seen: set[str] = set()
-        # Of several orders, peers show a study under the number that they are asked for.
-        numbers = {value.strip().casefold() for value in query.AccessionNumber} if query.level == "study" else set()
-        under: set[tuple[str, str]] = set()
+        numbers = AskedNumbers(query)
         late: dict[str, tuple[Mapping[str, str], Answer]] = {}  # without a description, until all answers are here
         for sent, study in self._candidates(query):
             uid = str(study.get("StudyInstanceUID", ""))
             if not uid:
                 raise Misconfigured(f"{self.finder.peer.where}: the peer answers without Study Instance UIDs")
-            number = text(study.get("AccessionNumber")).strip().casefold()
-            if uid in late or (uid in seen and (number not in numbers or (uid, number) in under)):
+            number = text(study.get("AccessionNumber"))
+            if uid in late or (uid in seen and not numbers.is_another(uid, number)):
                 continue
-            under.add((uid, number))
+            numbers.show(uid, number)
             self._patients[uid] = str(study.get("PatientID", ""))
             descriptions.see(study)
             if descriptions.keyword in tests and descriptions.lacks(study):
