@@ -21,7 +21,6 @@ from protocols.dicomweb.wado_request import ACCEPTS, NoService, Unable, fetch, s
 from protocols.files import partial
 from protocols.files.copies import Copies
 from protocols.files.durable import settle
-from protocols.files.instances import here
 from protocols.net.connection import SLICE_S
 from transfer.errors import (
     Busy,
@@ -35,7 +34,7 @@ from transfer.errors import (
     TimedOut,
 )
 from transfer.fanout import gravest, in_threads
-from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
+from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
@@ -132,7 +131,7 @@ class WadoRetrieval:
         with partial.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         partial.sweep(self.folder)
-        self._look()
+        self._copies.look({one.uid for one in self.series}, self._counts, self.report)
         self._jobs += [_Job(one) for one in self.series if not self._is_whole(one)]
         if self._jobs:
             in_threads(self._work, self._concurrency, "wado")
@@ -189,15 +188,6 @@ class WadoRetrieval:
 
     def _is_whole(self, series: WadoSeries) -> bool:
         return self._counts[series.uid] > 0 and self._counts[series.uid] == series.announced
-
-    def _look(self) -> None:
-        """Find the instances that are in the folder already."""
-        wanted = {one.uid for one in self.series}
-        for uid, series, item in here(self.folder, wanted, self.report.check):
-            self._here[uid] = item
-            self._copies.uids.add(uid)
-            self._counts[series] += 1
-            self.report(item, ALREADY)
 
     def _count(self, series: str) -> None:
         with self._lock:

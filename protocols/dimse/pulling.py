@@ -20,9 +20,8 @@ from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.copies import Copies
 from protocols.files.durable import VolatileFile, settle, way_of
-from protocols.files.instances import here
 from transfer.errors import DispatchError
-from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
+from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
@@ -94,12 +93,7 @@ class Pulling:
         with files.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep(self.folder)
-        wanted = {one.uid for one in self.series}
-        for uid, series, item in here(self.folder, wanted, self.report.check):
-            self._here[uid] = item
-            self._copies.uids.add(uid)
-            self._counts[series] += 1
-            self.report(item, ALREADY)
+        self._copies.look({one.uid for one in self.series}, self._counts, self.report)
         settle(self.folder, [item.path for item in self._here.values()], self.report.check)  # a kill kept it from that
         for one in self.series:
             begun = bool(self._counts[one.uid]) or (self._far and self._parts(one.announced or 0) > 1)

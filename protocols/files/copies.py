@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, MutableMapping
 from pathlib import Path
 
 from imaging.header import Header
+from protocols.files import instances
 from protocols.files.alike import same
+from transfer.outcome import ALREADY, Outcome
 from transfer.plan import Item
 
 NAMED_S = 3.0  # for a file that is just getting its name
@@ -34,12 +36,20 @@ class Copies:
     """
 
     def __init__(
-        self, folder: Path, here: Mapping[str, Item], counts: Callable[[str], None], check: Callable[[], None]
+        self, folder: Path, here: MutableMapping[str, Item], counts: Callable[[str], None], check: Callable[[], None]
     ) -> None:
         self.uids: set[str] = set()
         self.lock = threading.Lock()
         self.elsewhere: defaultdict[str, set[str]] = defaultdict(set)
         self._folder, self._here, self._counts, self._check = folder, here, counts, check
+
+    def look(self, wanted: Collection[str], counts: Counter[str], report: Callable[[Item, Outcome], None]) -> None:
+        """Find the instances of some series that are in the folder already; count them by series, and report them."""
+        for uid, series, item in instances.here(self._folder, wanted, self._check):
+            self._here[uid] = item
+            self.uids.add(uid)
+            counts[series] += 1
+            report(item, ALREADY)
 
     def has(self, series: str, uid: str) -> bool:
         """Return True if an instance of a series is here, in that series or in another one."""
