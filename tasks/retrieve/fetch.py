@@ -151,6 +151,11 @@ class Fetcher:
         """Return True if what the last search did not find may be there all the same."""
         return bool(self.unread) and (not self.unread_about or number.strip().casefold() in self.unread_about)
 
+    def _find_at_once(self, keys: dict[str, Any]) -> list[Match]:
+        """Search as `find`, with one attempt."""
+        with self.quiet.errors():
+            return self.find(**keys)
+
     def find_pending(self) -> None:
         """Search for the accession numbers that have not been searched for; the job keeps each result."""
         self._find(self.job.pending[:BATCH])
@@ -162,12 +167,9 @@ class Fetcher:
         Args:
             at_once: with one attempt, as the source has answered for others.
         """
+        keys = {"AccessionNumber": tuple(batch)}
         try:
-            if at_once:
-                with self.quiet.errors():
-                    found = self.find(AccessionNumber=tuple(batch))
-            else:
-                found = self.patiently(lambda: self.find(AccessionNumber=tuple(batch)))
+            found = self._find_at_once(keys) if at_once else self.patiently(lambda: self.find(**keys))
         except Cancelled:
             raise
         except DispatchError as exc:
@@ -219,8 +221,7 @@ class Fetcher:
 
     def _fails_alike(self, keys: dict[str, Any], exc: DispatchError) -> bool:
         try:
-            with self.quiet.errors():
-                self.find(**keys)
+            self._find_at_once(keys)
         except Cancelled:
             raise
         except DispatchError as other:
@@ -258,8 +259,7 @@ class Fetcher:
         found, failed, unread = list[Match](), dict[str, str](), ("", frozenset[str]())
         for uid in uids:
             try:
-                with self.quiet.errors():
-                    found += self.find(StudyInstanceUID=uid)
+                found += self._find_at_once({"StudyInstanceUID": uid})
             except Cancelled:
                 raise
             except DispatchError as exc:

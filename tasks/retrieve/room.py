@@ -17,8 +17,6 @@ from tasks.retrieve.job import Job, Stage, Study, discard, size_of
 
 SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
 LOOKS = 128  # at what is here of others, at most, while as many bytes come
-
-
 RESERVE_B = 1 << 30  # of the disk of the state directory, or a twentieth of a smaller one, which is left free
 NO_ROOM = "room in the state directory"
 SHORT_S = 60.0  # after which a run looks again whether there is room

@@ -137,7 +137,7 @@ def of_report(
         for other in sources
         if isinstance(other, ListSource)
         and other.name != source.name
-        and (as_written(other.file) if other.file in mute else resolved(other.file)) == real
+        and _real(other.file, mute) == real
         and not (other.name in elsewhere and is_own(str(Path(real).parent)))
     ]
 
@@ -259,9 +259,9 @@ def places_beside(source: Source, sources: Iterable[Source], targets: Iterable[T
     return [*others, *filter(None, map(folder_of, targets))]
 
 
-def as_written(path: str) -> str:
-    """Return an absolute path as it is written, with links, and without a look at it."""
-    return os.path.normpath(f"/{path.lstrip('/')}")
+def _real(path: str, mute: Collection[str]) -> str:
+    """Return an absolute path without links; of those that are not looked at, as it is written."""
+    return os.path.normpath(f"/{path.lstrip('/')}") if path in mute else resolved(path)
 
 
 def _moved_to(source: Source) -> tuple[str, ...]:
@@ -295,10 +295,10 @@ class _Folders:
 
     def real(self, path: str) -> str:
         """Return a path without links; as it is written, if it is not looked at."""
-        if path not in self._mute:
-            return resolved(path)
-        self._mute.add(written := as_written(path))
-        return written
+        real = _real(path, self._mute)
+        if path in self._mute:
+            self._mute.add(real)
+        return real
 
     def overlap(self, one: str, other: str) -> bool:
         """Return True if one of two real paths is the other, or lies in it; also under another name of a folder.
