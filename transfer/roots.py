@@ -15,11 +15,12 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from transfer.beneath import WAY, open_beneath, resolved
 from transfer.errors import Denied, Misconfigured, NotFound
+from transfer.question import Question
 
 SOURCES, PLACES = "TALARIA_SOURCES", "TALARIA_PLACES"
 # What it means that they are not set.
@@ -100,36 +101,8 @@ class Roots:
         raise Denied(f"{os.fspath(path)}: lies below no folder of {self.setting}")
 
 
-class _Question:
-    """Where a root leads, asked in a thread that a share whose server is away may never end."""
-
-    def __init__(self, root: str, before: str) -> None:
-        self.real, self._root, self._begun, self._until = before, root, time.monotonic(), 0.0
-        self._thread = threading.Thread(target=self._ask, name="root", daemon=True)
-        self._thread.start()
-
-    def _ask(self) -> None:
-        with suppress(OSError):
-            self.real = resolved(self._root)
-        self._until = time.monotonic() + KNOWN_S
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it has not been answered."""
-        return self._thread.is_alive()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has been answered, and not just now."""
-        return not self.is_open and time.monotonic() >= self._until
-
-    def answer(self) -> str:
-        """Return what it is, or was when its file system answered last."""
-        self._thread.join(max(0.0, self._begun + LOOK_S - time.monotonic()))
-        return self.real
-
-
-_asked: dict[str, _Question] = {}
+_asked: dict[str, Question[str]] = {}
+_known: dict[str, str] = {}  # where roots led when their file systems answered last
 _asking = threading.Lock()
 
 
@@ -140,9 +113,12 @@ def base_of(root: str) -> str:
     """
     with _asking:
         one = _asked.get(root)
-        if one is None or one.is_over:
-            one = _asked[root] = _Question(root, one.real if one else root)
-    return one.answer()
+        if one is None or (not one.is_open and time.monotonic() >= one.ended + KNOWN_S):
+            if one is not None and one.answer is not None:
+                _known[root] = one.answer
+            one = _asked[root] = Question(partial(resolved, root), "root")
+    one.wait(max(0.0, one.begun + LOOK_S - time.monotonic()))
+    return _known.get(root, root) if one.answer is None else one.answer
 
 
 def is_silent(root: str) -> bool:

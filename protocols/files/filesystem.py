@@ -12,10 +12,12 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transfer.content import READ_BYTES
+from transfer.question import Question
 
 _WRITE, _WAIT_WRITE_WAIT = 2, 1 | 2 | 4  # flags of sync_file_range(2): 1 waits before, 4 after
 _SYNC_FILE_RANGE: Any = None
@@ -41,25 +43,7 @@ class Silent(Exception):
     """A file system did not answer in time."""
 
 
-class _Question:
-    """What a folder is, asked in a thread that a share whose server is gone may never end."""
-
-    def __init__(self, folder: str) -> None:
-        self.answer: os.stat_result | None = None
-        self.error: OSError | None = None
-        self.thread = threading.Thread(target=self._ask, args=(folder,), name="folder", daemon=True)
-        self.thread.start()
-
-    def _ask(self, folder: str) -> None:
-        try:
-            with suppress(OSError):  # its server is asked for that: what the kernel remembers of a folder is no answer
-                os.statvfs(folder)
-            self.answer = os.stat(folder)
-        except OSError as exc:
-            self.error = exc
-
-
-_asked: dict[tuple[str, str], _Question] = {}  # by folder and mount
+_asked: dict[tuple[str, str], Question[os.stat_result]] = {}  # by folder and mount
 _asking = threading.Lock()
 
 
@@ -75,16 +59,22 @@ def within(seconds: float, folder: Path) -> os.stat_result:
     """
     path = os.path.abspath(folder)
     with _asking:
-        for key in [key for key, one in _asked.items() if not one.thread.is_alive()]:
+        for key in [key for key, one in _asked.items() if not one.is_open]:
             del _asked[key]
         key = path, _mounted(path)[0]
-        question = _asked.get(key) or _asked.setdefault(key, _Question(path))
-    question.thread.join(seconds)
+        question = _asked.get(key) or _asked.setdefault(key, Question(partial(_look, path), "folder"))
+    question.wait(seconds)
     if question.error:
         raise question.error
     if question.answer is None:
         raise Silent
     return question.answer
+
+
+def _look(folder: str) -> os.stat_result:
+    with suppress(OSError):  # its server is asked for that: what the kernel remembers of a folder is no answer
+        os.statvfs(folder)
+    return os.stat(folder)
 
 
 def kind(folder: Path) -> str:
