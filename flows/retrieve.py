@@ -11,9 +11,9 @@ from prefect.client.schemas.objects import State
 from flows.dispatch import dispatch
 from tasks.dispatch.asked import name_run, retrieval_name
 from tasks.retrieve.asked import given, query_of
+from tasks.retrieve.beginning import retrieving
 from tasks.retrieve.dispatches import dispatched
 from tasks.retrieve.ending import refused
-from tasks.retrieve.run import retrieving
 from tasks.retrieve.wish import Wish
 from transfer.errors import DispatchError
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.client.schemas.objects import StateType
-from prefect.context import FlowRunContext
 from prefect.exceptions import Abort, Pause
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
@@ -23,7 +21,6 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 from blocks.base import Target
 from tasks.dispatch import audited, kept, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
-from tasks.dispatch.hours import check_hours
 from tasks.dispatch.leaving import is_left
 from tasks.dispatch.looks import SLOT_S
 from tasks.dispatch.patience import patiently
@@ -35,12 +32,12 @@ from tasks.dispatch.stoppable import LOOK_S, stoppable
 from tasks.retrieve.dispatches import HELD, end_waiting, held_until, is_held
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.moving import SPOOL, is_moved, leave, move_into, reach_into
+from tasks.retrieve.moving import SPOOL, is_moved, leave, move_into
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, sentence, state_of
 from tasks.retrieve.room import NO_ROOM, SHORT_S, Room, drop_one
 from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
-from tasks.targets import UNKNOWN, check_destination, check_origin, check_source, load, origin_of
+from tasks.targets import origin_of
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DiskFull, DispatchError, LedgerAway
 from transfer.home import Home
@@ -58,7 +55,7 @@ LATER_S = 60.0  # until a study is looked at again of which nobody knows what it
 
 
 class Retrieval:
-    """A retrieval within a flow run; made by `retrieving`."""
+    """A retrieval within a flow run; made by `tasks.retrieve.beginning.retrieving`."""
 
     def __init__(
         self, flow_run_id: str, wish: Wish, source: Target, home: Home, send: Send, at_once: int = DISPATCHES
@@ -457,43 +454,6 @@ class Retrieval:
     def _stand(self, state: str) -> None:
         with unsaid_is_no_failure(self.flow_run_id), Ledger(self.home.ledger) as ledger:
             ledger.deliveries.stand(self.flow_run_id, state, ())
-
-
-@asynccontextmanager
-async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
-    """Load source and targets for the flow run that is running.
-
-    Raises:
-        NotFound, Misconfigured: one doesn't exist, may not be queried or sent to, or the request is contradictory.
-    """
-    context = FlowRunContext.get()
-    if context is None or context.flow_run is None:
-        raise RuntimeError("a retrieval runs inside a flow run")
-    flow_run_id, home = str(context.flow_run.id), Home.current()
-    wish.numbers()
-    if wish.into:
-        await reach_into(wish.into)
-    source, *targets = await patiently(lambda: _load([wish.source, *wish.targets]))
-    if source.enabled:  # else it waits
-        check_source(source)
-        check_hours(source, wish.priority)
-    for target in targets:
-        if target.enabled:
-            check_destination(target)
-        check_origin(target, origin_of(source), UNKNOWN)
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(8, thread_name_prefix="retrieve"))
-    try:
-        at_once = min([DISPATCHES, *(target.max_dispatches for target in targets)])  # none waits for another one
-        retrieval = Retrieval(flow_run_id, wish, source, home, send, at_once)
-        retrieval.who = audited.requester(context.flow_run)
-        yield retrieval
-    finally:
-        running.forget(flow_run_id)
-
-
-async def _load(names: list[str]) -> list[Target]:
-    async with get_client() as client:
-        return [(await load(client, [name]))[0] for name in names]
 
 
 def _has_any(folder: Path) -> bool:
