@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from talaria.testing import studies
+from tasks.dispatch import running
+from tasks.retrieve.report import RetrievalProgress
+from tasks.retrieve.run import Retrieval
 from tests.servers.qr import Archive
 from tests.servers.up import Talaria
+from transfer.ledger import Ledger
 
 FAST = {"max_attempts": 3, "retry_delay_s": 0.2, "retry_max_delay_s": 0.5, "idle_timeout_s": 10}
 
@@ -70,3 +78,25 @@ def go_on(up: Talaria, run_id: str) -> None:
     soon = {"scheduled_time": datetime.now(UTC).isoformat()}
     state = {"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": soon}
     up.api("POST", f"/flow_runs/{run_id}/set_state", state=state, force=True)
+
+
+def totals(up: Talaria, target: str) -> dict[tuple[str, str], float]:
+    """What was counted of a target, by name and label."""
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        return {(one.name, one.label): one.value for one in ledger.happenings.totals("") if one.target == target}
+
+
+def alone_with(run_id: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a retrieval run without a server: nobody looks at progress, and the source's slots are free."""
+
+    async def in_a_slot(self: Retrieval, work: Callable[[], Any]) -> Any:
+        return await asyncio.to_thread(work)
+
+    async def show(self: Any, job: Any) -> None:
+        pass
+
+    monkeypatch.setattr(Retrieval, "_in_a_slot", in_a_slot)
+    monkeypatch.setattr(RetrievalProgress, "show", show)
+    monkeypatch.setenv("TALARIA_HOME", str(home))
+    running.forget(run_id)  # each test's is another one
+    running.regained(run_id)

@@ -9,10 +9,9 @@ from typing import Any
 
 from talaria.testing import studies
 from tasks.dispatch.ends import UNKNOWN
-from tests.engine.material import folder, go_on, later
+from tests.engine.material import folder, go_on, later, totals
 from tests.servers.up import Talaria
 from transfer.happenings import BYTES, DISPATCHES, ITEMS
-from transfer.ledger import Ledger
 
 
 def events(up: Talaria, run_id: str) -> dict[str, Any]:
@@ -21,11 +20,6 @@ def events(up: Talaria, run_id: str) -> dict[str, Any]:
     found = up.api("POST", "/events/filter", filter=about)["events"]
     assert len(found) == len({one["payload"]["target"] for one in found})
     return {one["payload"]["target"]: one for one in found}
-
-
-def totals(up: Talaria, target: str) -> dict[tuple[str, str], float]:
-    with Ledger(up.home / "ledger.sqlite") as ledger:
-        return {(one.name, one.label): one.value for one in ledger.happenings.totals("") if one.target == target}
 
 
 def test_each_target_has_an_event_of_its_own_with_counts_and_a_cause(up: Talaria, tmp_path: Path) -> None:

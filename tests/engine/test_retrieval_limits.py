@@ -43,6 +43,7 @@ from tasks.retrieve.report import report as report_retrieval
 from tasks.retrieve.room import Room
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
+from tests.engine.material import alone_with
 from tests.servers import steps
 from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
 from tests.targets.dicom import dicom_target
@@ -62,19 +63,7 @@ Sent = Callable[..., Awaitable[State[Any]]]
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No server: nobody looks at progress, and the source's slots are free."""
-
-    async def in_a_slot(self: Retrieval, work: Callable[[], Any]) -> Any:
-        return await asyncio.to_thread(work)
-
-    async def show(self: Any, job: Any) -> None:
-        pass
-
-    monkeypatch.setattr(Retrieval, "_in_a_slot", in_a_slot)
-    monkeypatch.setattr(engine.RetrievalProgress, "show", show)
-    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
-    running.forget(RUN)  # each test's is another one
-    running.regained(RUN)
+    alone_with(RUN, tmp_path / "home", monkeypatch)
 
 
 def study(accession: str, count: int = 2) -> list[bytes]:

@@ -14,11 +14,10 @@ from prefect.states import Completed
 from imaging.query import Query
 from protocols.dicomweb import client
 from talaria.testing import studies
-from tasks.dispatch import running
-from tasks.retrieve import run as engine
 from tasks.retrieve.job import Stage
 from tasks.retrieve.run import Retrieval
 from tasks.retrieve.wish import Wish
+from tests.engine.material import alone_with
 from tests.servers.dicomweb import Reply, Request, Scripted, scripted
 from tests.targets.dicomweb import dicomweb_target
 from tests.targets.dicomweb_query.finding import hold
@@ -30,19 +29,7 @@ NUMBERS = [f"A{number}" for number in range(1, 11)]
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No Prefect server: nobody looks at progress, and the source's slots are free."""
-
-    async def in_a_slot(self: Retrieval, work: Callable[[], Any]) -> Any:
-        return await asyncio.to_thread(work)
-
-    async def show(self: Any, job: Any) -> None:
-        pass
-
-    monkeypatch.setattr(Retrieval, "_in_a_slot", in_a_slot)
-    monkeypatch.setattr(engine.RetrievalProgress, "show", show)
-    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
-    running.forget(RUN)
-    running.regained(RUN)
+    alone_with(RUN, tmp_path / "home", monkeypatch)
 
 
 @pytest.fixture
